@@ -1,0 +1,5 @@
+"""`python -m scaleclip`."""
+
+from scaleclip.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The command `scaleclip`. Imports inside the commands: `scaleclip --help` answers before torch would have loaded."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaleclip.errors import ConfigError, RunError, Stopped
+
+app = typer.Typer(
+    name="scaleclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Pre-train CLIP and its descendants: ZeRO-sharded dual encoders on streaming shards.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
+app.add_typer(data_app, name="data")
+
+DEMO_CONFIG = "package:scaleclip/configs/demo.yaml"
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Ranks = Annotated[int, typer.Option(help="Processes to start on this machine; srun and torchrun bring their own.")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = 1) -> None:
+    """Train a run, or go on with it where it stopped, then evaluate it."""
+    _start_ranks(ranks)
+    from scaleclip.config import load_config, resolve_path
+    from scaleclip.train import train as run_training
+
+    folder = run_training(load_config(resolve_path(config), overrides or ()))
+    if _is_main():
+        _show(folder)
+
+
+@app.command()
+def demo(overrides: Overrides = None, ranks: Ranks = 1) -> None:
+    """Train a small CLIP on the embedded emoji and clip art: a few minutes on two CPU cores."""
+    _start_ranks(ranks)
+    from scaleclip.config import load_config, resolve_path
+    from scaleclip.train import train as run_training
+
+    folder = run_training(load_config(resolve_path(DEMO_CONFIG), overrides or ()))
+    if _is_main():
+        _show(folder)
+        typer.echo(
+            "Try next:\n"
+            "  scaleclip demo run.folder=runs/hotter optim.lr=2e-3     another run, one setting changed\n"
+            "  scaleclip demo run.folder=runs/two --ranks 2            the same on two ranks\n"
+            "  scaleclip config package:scaleclip/configs/demo.yaml    every setting of this run\n"
+            "  README.md, 'Your own shards'                            train on img2dataset's tars"
+        )
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    split: Annotated[list[str] | None, typer.Option(help="Split descriptions instead of the run's own.")] = None,
+) -> None:
+    """Evaluate a run's newest checkpoint on held-out splits and print the table."""
+    from scaleclip import checkpoint
+    from scaleclip.data.tokenizer import load_tokenizer
+    from scaleclip.evaluation.evaluate import evaluate as run_evaluation
+    from scaleclip.evaluation.splits import open_splits
+    from scaleclip.models.dual_encoder import DualEncoder
+    from scaleclip.run_folder import read_config
+    from scaleclip.train import write_results
+
+    config = read_config(run)
+    newest = checkpoint.newest(run)
+    if newest is None:
+        raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
+    model = DualEncoder(config.model)
+    model.load_state_dict(checkpoint.load_weights(newest))
+    tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
+    splits = open_splits(split or config.eval.splits)
+    figures = run_evaluation(model, tokenizer, splits, config.model.image.size, config.eval.batch)
+    write_results(run, checkpoint.read_state(newest).step, figures)
+    _show(run)
+
+
+@app.command()
+def plot(run: RunFolder) -> None:
+    """Draw a run's training curves into RUN/curves.png."""
+    from scaleclip.report import plot_run
+
+    typer.echo(str(plot_run(run)))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; none shows the defaults.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration instead.")] = False,
+) -> None:
+    """Print a configuration with parents, preset, defaults and overrides resolved."""
+    from scaleclip.config import RunConfig, json_schema, load_config, resolve_path, to_yaml
+
+    if schema:
+        typer.echo(json_schema())
+    else:
+        typer.echo(to_yaml(load_config(resolve_path(config), overrides or ()) if config else RunConfig()), nl=False)
+
+
+@data_app.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(help="Tars: files, globs, brace ranges.")],
+    out: Annotated[Path, typer.Option(help="Manifest to write.")] = Path("manifest.json"),
+) -> None:
+    """Count the samples of shards into a manifest, for shards without img2dataset's stats files."""
+    from rich.progress import track
+
+    from scaleclip.data.manifest import expand_shards, write_manifest
+
+    paths = expand_shards(shards)
+    manifest = write_manifest(track(paths, "indexing"), out)
+    typer.echo(f"{out}: {manifest.num_samples:,} samples in {len(paths):,} shards; set data.manifest={out}")
+
+
+def main() -> None:
+    """Entry point; scaleclip.errors says which exit code means what."""
+    # no hub: everything a command needs lies on this machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except RunError as error:
+        _fail(error, 1)
+    except Stopped as stop:
+        _fail(stop, stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"{rank}{error}", file=sys.stderr, flush=True)
+    # loader processes and the process group may wait for each other at the interpreter's end
+    os._exit(code)
+
+
+def _start_ranks(ranks: int) -> None:
+    """Become torchrun, with this command on every rank."""
+    if ranks > 1 and "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        os.execv(sys.executable, [*torchrun, "-m", "scaleclip", *sys.argv[1:]])
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show(folder: Path) -> None:
+    from rich.console import Console
+
+    from scaleclip.report import plot_run, results_table
+
+    if json.loads((folder / "results.json").read_text())["figures"]:
+        Console().print(results_table(folder))
+    plot_run(folder)
+    typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, curves.png, checkpoints/)")

@@ -1,0 +1,146 @@
+"""The order of samples: which samples make up a global batch, as a pure function of (seed, epoch, batch).
+
+An epoch permutes the shards, lays their samples end to end and cuts the line into C contiguous ranges of equal length, the
+canonical streams. A stream shuffles its range in blocks of a few shards. Global batch b takes global_batch / C samples from
+every stream, in stream order; a rank reads a contiguous slice of that, so it touches only its own streams' shards. A stream
+runs on into its next epoch, so nothing is dropped and every epoch holds every sample once.
+
+Nothing depends on the number of ranks or workers, and any position costs the same: a permutation is a keyed bijection of
+integers, evaluated only where it is asked for, without generator state and without a library's random numbers.
+All of this is a contract with the runs that exist: a change here makes their resume wrong (tests/data/test_order.py pins it).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaleclip.errors import ConfigError
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUND_WORDS = [np.uint64(number * _GOLDEN % 2**64) for number in range(1, 7)]
+_SHARDS, _SAMPLES = 0, 1  # what a key is for
+
+
+class Positions(NamedTuple):
+    """Where the samples of some slots lie; a slot past the end of the global batch has shard -1."""
+
+    epoch_N: Ints
+    """How often the slot's stream has wrapped."""
+    shard_N: Ints
+    """Shard's number in the manifest, or -1."""
+    index_N: Ints
+    """Sample's number inside its shard."""
+
+
+class SampleOrder:
+    """The order over shards with `counts` samples each.
+
+    Args:
+        counts: samples of every shard, in manifest order.
+        seed: another seed is another order.
+        global_batch: samples a batch; a multiple of `canonical_streams`.
+        canonical_streams: ranges that an epoch is cut into.
+        shuffle_shards: average shards' worth of samples that are shuffled together.
+
+    Raises:
+        ConfigError: there are fewer samples than streams.
+    """
+
+    def __init__(self, counts: Ints, *, seed: int, global_batch: int, canonical_streams: int, shuffle_shards: int) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.num_samples = int(self.counts.sum())
+        self.seed, self.global_batch = seed, global_batch
+        if self.num_samples < canonical_streams:
+            raise ConfigError(
+                f"data.canonical_streams={canonical_streams} is more than the {self.num_samples} samples of data.shards: "
+                f"lower it"
+            )
+        assert global_batch % canonical_streams == 0
+        self._per_stream = global_batch // canonical_streams
+        bounds = np.arange(canonical_streams + 1, dtype=np.int64) * self.num_samples // canonical_streams
+        self._starts, self._lengths = bounds[:-1], np.diff(bounds)
+        num_blocks = self._lengths * len(self.counts) // (shuffle_shards * self.num_samples)
+        self._num_blocks = np.maximum(num_blocks, 1)
+        self._epoch_line = lru_cache(maxsize=4)(self._lay_epoch)
+
+    def positions(self, batch: int, start: int, stop: int) -> Positions:
+        """Slots `start` to `stop` of global batch `batch`."""
+        slot = np.arange(start, stop, dtype=np.int64)
+        valid = slot < self.global_batch
+        slot = slot[valid]
+        stream, lane = np.divmod(slot, self._per_stream)
+        length, num_blocks = self._lengths[stream], self._num_blocks[stream]
+        epoch, offset = np.divmod(batch * self._per_stream + lane, length)
+        # block k covers floor(k * length / num_blocks) up to the next block's start
+        block = ((offset + 1) * num_blocks - 1) // length
+        first, last = block * length // num_blocks, (block + 1) * length // num_blocks
+        key = hash64(self.seed, _SAMPLES, epoch, stream, block)
+        place = self._starts[stream] + first + permute(offset - first, last - first, key)
+        shard, index = np.empty_like(place), np.empty_like(place)
+        for e in np.unique(epoch):
+            here = epoch == e
+            order, ends = self._epoch_line(int(e))
+            at = np.searchsorted(ends, place[here], side="right")
+            shard[here] = order[at]
+            index[here] = place[here] - ends[at] + self.counts[order[at]]
+        return Positions(*(_scatter(values, valid, fill) for values, fill in ((epoch, 0), (shard, -1), (index, 0))))
+
+    def _lay_epoch(self, epoch: int) -> tuple[Ints, Ints]:
+        """Shards in the epoch's order, and where each ends on the line of all samples."""
+        number = np.arange(len(self.counts), dtype=np.int64)
+        order = permute(number, np.array([len(number)]), hash64(self.seed, _SHARDS, epoch))
+        return order, np.cumsum(self.counts[order])
+
+
+def rank_slots(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and last + 1 slot of a rank: equal shares for all, the last ones running past the batch's end if need be."""
+    share = -(-global_batch // world_size)
+    return rank * share, (rank + 1) * share
+
+
+def permute(index: Ints, size: Ints, key: Words) -> Ints:
+    """Where a keyed permutation of 0..size-1 takes `index` [N]; `size` and `key` are [N] or [1].
+
+    Rounds of odd multiplication, addition and xor-shift permute the next power of two; a value that leaves 0..size-1 is
+    sent through again until it comes back (cycle walking), which keeps it a permutation of the smaller range.
+    """
+    limit = size.astype(np.uint64)
+    bits = np.maximum(np.frexp((size - 1).astype(np.float64))[1], 2).astype(np.uint64)
+    mask, shift = (np.uint64(1) << bits) - np.uint64(1), (bits + np.uint64(1)) // np.uint64(2)
+    value, out, todo = index.astype(np.uint64), np.empty(index.shape, np.int64), np.arange(index.size)
+    while len(todo):
+        for round_word in _ROUND_WORDS:
+            word = _mix(key + round_word)
+            value = (value * (word | np.uint64(1)) + (word >> np.uint64(32))) & mask
+            value ^= value >> shift
+        out[todo] = value
+        away = np.flatnonzero(value >= limit)
+        todo, value = todo[away], value[away]
+        key, limit, mask, shift = (a if a.size == 1 else a[away] for a in (key, limit, mask, shift))
+    return out
+
+
+def hash64(*parts: int | Ints) -> Words:
+    """64 well-mixed bits of some integers; the parts broadcast. At least one dimension, so that overflow wraps silently."""
+    word = np.zeros(1, np.uint64)
+    for part in parts:
+        word = _mix((word ^ _mix(np.atleast_1d(np.asarray(part)).astype(np.uint64) + _ROUND_WORDS[0])) + _ROUND_WORDS[0])
+    return word
+
+
+def _mix(word: Words) -> Words:
+    # the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def _scatter(values: Ints, where: NDArray[np.bool_], fill: int) -> Ints:
+    out = np.full(len(where), fill, np.int64)
+    out[where] = values
+    return out

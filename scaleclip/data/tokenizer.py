@@ -1,0 +1,129 @@
+"""Texts to token ids: CLIP's byte-pair encoding with its own or the demo's vocabulary, or a tokenizer from a folder.
+
+A shipped vocabulary is a merge a line ("t he</w>"), the most frequent first. Tokens are numbered as CLIP's
+(arXiv:2103.00020): 256 bytes, 256 bytes that end a word, the merges, start, end. Every byte is a token, so every text
+can be encoded.
+"""
+
+import html
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import tokenizers
+import torch
+from tokenizers import Regex, models, pre_tokenizers, processors
+from torch import Tensor
+
+from scaleclip.errors import ConfigError
+
+SHIPPED = ("clip", "demo")
+START, END = "<start_of_text>", "<end_of_text>"
+WORD_END = "</w>"
+# English contractions, letters, single digits, the rest; what lies between words is dropped
+WORDS = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+
+class Tokenizer:
+    """Texts -> ids [len(texts), context_length] (int64), with start and end tokens, cut and padded. Can be pickled.
+
+    The words "<end_of_text>" in a caption are words here; open_clip makes them the end token, and the tower stops reading.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: tokenizers.Tokenizer,
+        context_length: int,
+        start_id: int | None,
+        end_id: int,
+        pad_id: int,
+        clean_texts: bool,
+    ) -> None:
+        self.name = name
+        self.size: int = backend.get_vocab_size()
+        self.context_length = context_length
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        backend.enable_truncation(context_length)
+        backend.enable_padding(length=context_length, pad_id=pad_id)
+        self._backend = backend
+        self._clean_texts = clean_texts
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        # one by one: encode_batch starts threads, which the loader's processes must not
+        ids = [self._backend.encode(clean(text) if self._clean_texts else text).ids for text in texts]
+        return torch.tensor(ids, dtype=torch.int64).view(len(texts), self.context_length)
+
+
+def load_tokenizer(name: str, context_length: int) -> Tokenizer:
+    """The tokenizer of `model.text.tokenizer`: `clip`, `demo` or a folder that transformers' AutoTokenizer reads.
+
+    Raises:
+        ConfigError: no such tokenizer, or it has no token for the end of a text or for padding.
+    """
+    if name in SHIPPED:
+        path = importlib.resources.files("scaleclip").joinpath(f"data/vocabularies/{name}_merges.txt")
+        merges = [(left, right) for left, right in (line.split(" ") for line in path.read_text(encoding="utf-8").splitlines())]
+        backend = byte_pair_backend(merges)
+        end_id = backend.get_vocab_size() - 1
+        return Tokenizer(name, backend, context_length, start_id=end_id - 1, end_id=end_id, pad_id=0, clean_texts=True)
+    return _load_folder(name, context_length)
+
+
+def clean(text: str) -> str:
+    """A caption as CLIP reads it: mended encoding, HTML entities (even doubled) resolved, single spaces, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def base_tokens() -> list[str]:
+    """The 512 tokens below the merges: bytes in CLIP's order, written as printable characters, then the word endings."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return characters + [character + WORD_END for character in characters]
+
+
+def byte_pair_backend(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A byte-pair tokenizer without truncation and padding."""
+    tokens = [*base_tokens(), *(left + right for left, right in merges), START, END]
+    ids = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(ids, list(merges), end_of_word_suffix=WORD_END))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(WORDS, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, ids[START]), (END, ids[END])]
+    )
+    return backend
+
+
+def _load_folder(name: str, context_length: int) -> Tokenizer:
+    # seconds to import, and the shipped vocabularies need none of it
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"model.text.tokenizer={name!r} is neither a folder nor one of {', '.join(SHIPPED)}")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        # without them transformers guesses a tokenizer from the folder's name
+        if not (folder / file).is_file():
+            raise ConfigError(f"model.text.tokenizer={name}: no {file} in it; save it with a fast tokenizer of transformers")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.text.tokenizer={name}: transformers cannot read it: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"model.text.tokenizer={name}: its class has no fast variant in transformers")
+    start_id = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    end_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end_id is None or tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.text.tokenizer={name}: its config needs a pad_token and an eos_token (or sep_token)")
+    if tokenizer.backend_tokenizer.encode("a").ids[-1:] != [end_id]:
+        raise ConfigError(
+            f"model.text.tokenizer={name}: its texts do not end in token {end_id}; give tokenizer.json a post_processor"
+        )
+    backend, pad_id = tokenizer.backend_tokenizer, tokenizer.pad_token_id
+    return Tokenizer(name, backend, context_length, start_id, end_id, pad_id, clean_texts=False)

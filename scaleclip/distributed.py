@@ -1,0 +1,124 @@
+"""Ranks: who they are (torchrun, srun or a single process), their process group, and what all of them agree on."""
+
+import datetime
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from scaleclip.errors import ConfigError, RunError
+
+_TIMEOUT = datetime.timedelta(minutes=10)
+# ports below the usual ephemeral range, one for each of the last 10,000 jobs of a cluster
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+
+def init() -> World:
+    """Join the process group that the environment describes: srun's step, torchrun's variables, or this process alone.
+
+    Raises:
+        ConfigError: the environment is incomplete, or has more ranks a node than devices.
+    """
+    rank, size, local_rank = _ranks()
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one rank a GPU at most"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # deepspeed reads these as well
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+        store = HashStore() if size == 1 else None
+        placed: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store else {"init_method": "env://"}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **placed)
+    return World(rank, size, local_rank, device)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; every rank must call. Runs on the CPU: the device is not synchronised."""
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over ranks of a few numbers, on the CPU; every rank must call with as many."""
+    summed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return [float(value) for value in summed]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank, on the CPU."""
+    any_rank(False)
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank when any has an error: its own where there is one, else the first rank's message.
+
+    A rank that raises alone would leave the others waiting in their next collective until it times out.
+    """
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RunError(f"rank {rank} failed: {message}")
+
+
+def _ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank)."""
+    env = os.environ
+    # The batch shell has SLURM_PROCID=0 and SLURM_NTASKS too; only a task that srun started has a step.
+    if "SLURM_STEP_NUM_TASKS" in env and "RANK" not in env:
+        rank, size, local_rank = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        ).stdout.split()
+        env.setdefault("MASTER_ADDR", nodes[0])
+        env.setdefault("MASTER_PORT", str(_FIRST_PORT + int(env["SLURM_JOB_ID"]) % _NUM_PORTS))
+        return rank, size, local_rank
+    if "RANK" not in env:
+        return 0, 1, 0
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise ConfigError(
+            f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start ranks with torchrun or srun, or unset RANK"
+        )
+    return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])

@@ -1,0 +1,71 @@
+"""A model on held-out splits: retrieval both ways and zero-shot accuracy, with chance beside every figure."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scaleclip.data.tokenizer import Tokenizer
+from scaleclip.evaluation.retrieval import chance_recall_at_k, recall_at_k
+from scaleclip.evaluation.splits import SplitData
+from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
+from scaleclip.models.dual_encoder import DualEncoder
+
+
+class Figure(NamedTuple):
+    """One figure of an evaluation; shares are in 0..1."""
+
+    split: str
+    metric: str
+    value: float
+    chance: float
+    """What a random answer gives."""
+    majority: float | None
+    """What always answering the most frequent class gives; None for retrieval."""
+
+
+@torch.no_grad()
+def evaluate(model: DualEncoder, tokenizer: Tokenizer, splits: Sequence[SplitData], size: int, batch: int) -> list[Figure]:
+    """Every figure of every split, in fp32. The model is left in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        return [figure for data in splits for figure in _evaluate_split(model, tokenizer, data, size, batch)]
+    finally:
+        model.train(training)
+
+
+def _evaluate_split(model: DualEncoder, tokenizer: Tokenizer, data: SplitData, size: int, batch: int) -> list[Figure]:
+    split = data.split
+    device = next(model.parameters()).device
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        parts = (tokenizer(texts[start : start + batch]).to(device) for start in range(0, len(texts), batch))
+        return torch.cat([model.encode_text(tokens).cpu() for tokens in parts])
+
+    keys: list[str] = []
+    vectors: list[Tensor] = []
+    for some_keys, pixels in data.images(size, batch):
+        keys += some_keys
+        vectors.append(model.encode_image(pixels.to(device)).cpu())
+    image_NE = torch.cat(vectors)
+    text_GE = encode_texts([entry.text for entry in split.gallery])
+    number = {concept: i for i, concept in enumerate(dict.fromkeys(entry.concept for entry in split.gallery))}
+    image_concept_N = torch.tensor([number[split.concepts[key]] for key in keys])
+    text_concept_G = torch.tensor([number[entry.concept] for entry in split.gallery])
+
+    figures = []
+    for direction, query, items in (
+        ("image -> text", (image_NE, image_concept_N), (text_GE, text_concept_G)),
+        ("text -> image", (text_GE, text_concept_G), (image_NE, image_concept_N)),
+    ):
+        recall = recall_at_k(query[0], items[0], query[1], items[1])
+        chance = chance_recall_at_k(query[1], items[1])
+        figures += [Figure(split.name, f"{direction} R@{k}", recall[k], chance[k], None) for k in recall]
+    for task in split.zero_shot:
+        class_CE = class_vectors(task.classes, task.templates, encode_texts)
+        label_N = torch.tensor([task.labels[key] for key in keys])
+        value, chance_level = accuracy(image_NE, class_CE, label_N), 1 / len(task.classes)
+        figures.append(Figure(split.name, f"zero-shot {task.name}", value, chance_level, majority_share(label_N)))
+    return figures

@@ -1,0 +1,93 @@
+"""Held-out splits: tar shards with a JSON description that fixes galleries, evaluation texts, classes and templates."""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from scaleclip.config import Section, resolve_path
+from scaleclip.data.manifest import Manifest, load_manifest
+from scaleclip.data.transform import centre_crop, cut, decode
+from scaleclip.data.webdataset import TarReader
+from scaleclip.errors import ConfigError
+
+
+class GalleryText(Section):
+    concept: str
+    """What the text names."""
+    text: str
+    """The evaluation text."""
+
+
+class ZeroShotTask(Section):
+    name: str
+    """Name of the task."""
+    classes: tuple[str, ...]
+    """Class names."""
+    templates: tuple[str, ...]
+    """Prompts with `{}` where the class name goes; a class's vector is the mean over them."""
+    labels: dict[str, int]
+    """Class number of each image, by key."""
+
+
+class Split(Section):
+    """A split's description."""
+
+    name: str
+    """Name of the split."""
+    about: str
+    """What it holds out, in a line."""
+    gallery: tuple[GalleryText, ...]
+    """Texts of the retrieval gallery."""
+    concepts: dict[str, str]
+    """Concept of each image, by key; a text and an image of one concept match."""
+    zero_shot: tuple[ZeroShotTask, ...] = ()
+    """Classifications of the images."""
+
+
+class SplitData:
+    """A split and its images; the shards lie beside the description and share its stem."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.split = Split.model_validate(json.loads(path.read_text()))
+        except (OSError, ValueError, ValidationError) as error:
+            raise ConfigError(f"eval.splits: {path} cannot be read as a split: {error}") from None
+        self.manifest: Manifest = load_manifest([f"{path.with_suffix('')}-*.tar"], None)
+
+    def images(self, size: int, batch: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order. A bad image is an error here:
+        figures over a part of a split would not be comparable."""
+        read = TarReader(self.manifest)
+        keys: list[str] = []
+        pixels: list[Tensor] = []
+        for shard, count in enumerate(self.manifest.counts):
+            for index in range(count):
+                sample = read(shard, index)
+                image = decode(sample.image)
+                keys.append(sample.key)
+                pixels.append(cut(image, centre_crop(*image.shape[1:]), size))
+                if len(keys) == batch:
+                    yield keys, torch.stack(pixels)
+                    keys, pixels = [], []
+        if keys:
+            yield keys, torch.stack(pixels)
+
+
+def open_splits(patterns: Sequence[str]) -> list[SplitData]:
+    """The splits that patterns (paths, globs, `package:`) name.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or a file is no split.
+    """
+    splits = []
+    for pattern in patterns:
+        paths = [path for path in sorted(glob.glob(resolve_path(pattern))) if not path.endswith("_stats.json")]
+        if not paths:
+            raise ConfigError(f"eval.splits: nothing matches {pattern!r}")
+        splits += [SplitData(Path(path)) for path in paths]
+    return splits

@@ -1,0 +1,149 @@
+"""What a run tells while it trains: rows in metrics.jsonl, a progress bar, Weights & Biases.
+
+One row a log step; between log steps nothing is read from the device.
+"""
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scaleclip.config import MetricsConfig
+from scaleclip.run_folder import wandb_id, write_atomic
+
+# Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets.
+_PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "MI300X": 1307}
+
+
+class Row(NamedTuple):
+    """A row of metrics.jsonl."""
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Pairs seen since the run's start."""
+    epoch: float
+    """Passes over the data."""
+    loss: float
+    """Loss of this step's global batch."""
+    lr: float
+    """Learning rate of this step."""
+    logit_scale: float
+    """Multiplier of the similarities before this step."""
+    grad_norm: float
+    """Global L2 norm of the gradients before clipping."""
+    pairs_per_s: float
+    """Pairs a second, all ranks, since the row before."""
+    tflops: float
+    """Model TFLOP/s a rank since the row before: three forward passes a step."""
+    mfu: float | None
+    """`tflops` as a share of the device's bf16 peak; null where that is unknown."""
+    data_wait: float
+    """Share of the time since the row before in which rank 0 waited for its next batch."""
+    memory_gib: float
+    """Peak memory of rank 0: allocated on the GPU, or resident without one."""
+    invalid: dict[str, int]
+    """Samples that could not be used since the run's start, by cause."""
+    world_size: int
+    """Ranks."""
+    train_s: float
+    """Seconds of training since the run's start, over all starts."""
+
+
+class Metrics:
+    """Writes rows. Rank 0 only.
+
+    Args:
+        folder: the run's folder.
+        config: where else to write.
+        run_config: the resolved configuration, for Weights & Biases.
+        step: the step that the run goes on from; rows after it, of work that was lost, are dropped.
+        steps: the step at which the run ends.
+    """
+
+    def __init__(self, folder: Path, config: MetricsConfig, run_config: dict[str, Any], step: int, steps: int) -> None:
+        path = folder / "metrics.jsonl"
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_rows(folder) if row["step"] <= step))
+        self._file: IO[str] = path.open("a")
+        self._wandb = _start_wandb(folder, config, run_config)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"), console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", completed=step, total=steps, news="")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def write(self, row: Row) -> None:
+        """Append a row."""
+        self._file.write(json.dumps(row._asdict()) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(row._asdict(), step=row.step)
+        invalid = sum(row.invalid.values())
+        news = f"loss {row.loss:.3f}  {row.pairs_per_s:,.0f} pairs/s  scale {row.logit_scale:.1f}"
+        news += f"  data wait {row.data_wait:.0%}"
+        news += f"  invalid {invalid}" if invalid else ""
+        self._progress.update(self._task, news=news)
+        if not self._console.is_terminal:
+            self._console.print(f"step {row.step}  {news}", highlight=False)
+
+    def write_results(self, step: int, results: dict[str, float]) -> None:
+        """Evaluation figures beside the training curves."""
+        if self._wandb is not None:
+            self._wandb.log({f"eval/{name}": value for name, value in results.items()}, step=step)
+
+    def close(self) -> None:
+        """End the bar and the files."""
+        self._progress.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, if it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated on the GPU, or resident without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any]) -> Any:
+    if config.wandb == "disabled":
+        return None
+    import wandb  # takes a second, and few runs on one machine want it
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=config.wandb_project, name=folder.name, id=wandb_id(folder), dir=folder, config=run_config, mode=config.wandb,
+        resume=None if config.wandb == "offline" else "allow",
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+"""Image and text towers from transformers behind one signature: a batch in, one vector a sample out.
+
+Dimensions: B samples, C channels, H W pixels, T tokens, N patches, D states of the tower's width.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from scaleclip.config import ImageTowerConfig, TextTowerConfig
+from scaleclip.errors import ConfigError
+from scaleclip.models.clip_init import initialise_clip_image_tower, initialise_clip_text_tower
+from scaleclip.models.patch_dropout import drop_patches
+
+# Towers whose patch tokens can be dropped, with the tokens in front of the patches (CLIP's class token).
+PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+class ImageTower(nn.Module):
+    """Normalised pixels [B, 3, H, W] -> pooled states [B, D]; `body` is the transformers model, `width` is D."""
+
+    def __init__(self, config: ImageTowerConfig, checkpointing: bool) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.patch_dropout = config.patch_dropout
+        self.body = _build("model.image", config.type, config.config, {"image_size": config.size}, checkpointing)
+        if config.type == "clip_vision_model":
+            initialise_clip_image_tower(self.body)
+            if config.pooling != "pooler":
+                raise ConfigError(
+                    f"model.image.pooling={config.pooling}: clip_vision_model normalises nothing but its class token, which is "
+                    f"what pooling=pooler returns; use that, or siglip_vision_model for the mean of the patches"
+                )
+        if config.patch_dropout > 0 and config.type not in PREFIX_TOKENS:
+            raise ConfigError(
+                f"model.image.patch_dropout={config.patch_dropout}: a {config.type} tower has no patch tokens to drop; "
+                f"set it to 0 or use one of {', '.join(PREFIX_TOKENS)}"
+            )
+        self._num_prefix = PREFIX_TOKENS.get(config.type, 0)
+        patch_size = getattr(self.body.config, "patch_size", None)
+        self._num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
+        self.width = self._output_width(config.size)
+
+    def forward(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Tensor:
+        """`seeds_B` (int64) decides which patches a sample keeps in training; unused without patch dropout."""
+        if self.patch_dropout == 0 or not self.training:
+            return self._pool(self.body(pixel_values=pixels_BCHW))
+        assert seeds_B is not None, "patch dropout draws from a seed a sample"
+        drop = partial(drop_patches, seeds_B=seeds_B, share=self.patch_dropout, num_prefix=self._num_prefix)
+        embeddings = cast(nn.Module, self.body.vision_model.embeddings)
+        # a hook instead of a wrapping module, so that parameter names stay those of transformers
+        with embeddings.register_forward_hook(lambda module, args, tokens_BND: drop(tokens_BND)):
+            return self._pool(self.body(pixel_values=pixels_BCHW))
+
+    def _pool(self, outputs: Any) -> Tensor:
+        if self.pooling == "pooler":
+            if outputs.pooler_output is None:
+                raise ConfigError(f"model.image.pooling=pooler: {self.body.config.model_type} has none; use mean or cls")
+            return cast(Tensor, outputs.pooler_output.flatten(1))  # some poolers keep [B, D, 1, 1]
+        states = outputs.last_hidden_state
+        if self.pooling == "cls":
+            if states.dim() != 3:
+                raise ConfigError(f"model.image.pooling=cls: {self.body.config.model_type} has no class token; use mean")
+            return cast(Tensor, states[:, 0])
+        if states.dim() == 4:
+            return cast(Tensor, states.mean((-2, -1)))
+        return cast(Tensor, states[:, -self._num_patches :].mean(1))  # class tokens stand in front
+
+    @torch.no_grad()
+    def _output_width(self, size: int) -> int:
+        # a run without memory or arithmetic: configurations name the width in many ways, and this finds what cannot run
+        weights = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
+        self.eval()
+        try:
+            pooled_BD = functional_call(self, weights, (torch.empty(1, 3, size, size, device="meta"),))
+        except (RuntimeError, TypeError) as error:
+            kind = self.body.config.model_type
+            raise ConfigError(f"model.image: {kind} does not run on {size} x {size} pixels: {error}") from error
+        self.train()
+        return int(pooled_BD.shape[1])
+
+
+class TextTower(nn.Module):
+    """Token ids [B, T] (int64) -> pooled states [B, D]; `body` is the transformers model, `width` is D."""
+
+    def __init__(self, config: TextTowerConfig, checkpointing: bool) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        length = {"max_position_embeddings": config.context_length}
+        self.body = _build("model.text", config.type, config.config, length, checkpointing)
+        # CLIP's tower is causal: what is pooled at the end token never sees the padding behind it
+        self._masked = config.type != "clip_text_model"
+        if config.type == "clip_text_model":
+            initialise_clip_text_tower(self.body)
+        values = self.body.config
+        if config.type == "clip_text_model" and config.pooling == "pooler" and values.eos_token_id == 2:
+            raise ConfigError("model.text.config.eos_token_id=2: transformers then pools at the largest id; use pooling=eos")
+        for key, needed in (("pad_token_id", self._masked), ("eos_token_id", config.pooling == "eos")):
+            if needed and getattr(values, key) is None:
+                raise ConfigError(
+                    f"model.text.config.{key} is unset, but the tower has to find that token: give the tokenizer's"
+                )
+        _check_positions(self.body, config.context_length)
+        self.width = int(values.hidden_size)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        mask_BT = tokens_BT != self.body.config.pad_token_id if self._masked else None
+        outputs = self.body(input_ids=tokens_BT, attention_mask=mask_BT)
+        states_BTD = outputs.last_hidden_state
+        if self.pooling == "pooler":
+            pooled_BD = outputs.get("pooler_output")
+            if pooled_BD is None:
+                raise ConfigError(f"model.text.pooling=pooler: {self.body.config.model_type} has none; use mean, cls or eos")
+            return cast(Tensor, pooled_BD)
+        if self.pooling == "cls":
+            return cast(Tensor, states_BTD[:, 0])
+        if self.pooling == "eos":
+            # argmax of equal values is the first of them
+            first_end_B = (tokens_BT == self.body.config.eos_token_id).int().argmax(1)
+            return cast(Tensor, states_BTD[torch.arange(len(tokens_BT), device=tokens_BT.device), first_end_B])
+        weights_BT1 = (tokens_BT != self.body.config.pad_token_id).unsqueeze(-1).to(states_BTD.dtype)
+        return cast(Tensor, (states_BTD * weights_BT1).sum(1) / weights_BT1.sum(1))
+
+
+def build_image_tower(config: ImageTowerConfig, checkpointing: bool) -> ImageTower:
+    """The image tower with fresh weights: CLIP's initialisation for CLIP towers, transformers' own for others.
+
+    Raises:
+        ConfigError: an unknown type or value, batch norm, or a wish that the tower cannot fulfil.
+    """
+    return ImageTower(config, checkpointing)
+
+
+def build_text_tower(config: TextTowerConfig, checkpointing: bool) -> TextTower:
+    """The text tower with fresh weights; see `build_image_tower`."""
+    return TextTower(config, checkpointing)
+
+
+def check_tokenizer(config: TextTowerConfig, size: int, end_id: int, pad_id: int) -> None:
+    """Raise ConfigError unless the text tower's numbers fit a tokenizer's (`size` tokens, ids of end and padding)."""
+    values = _transformers_config("model.text", config.type, config.config, {})
+    if size > values.vocab_size:
+        raise ConfigError(
+            f"model.text.config.vocab_size={values.vocab_size} is below the {size} tokens of "
+            f"model.text.tokenizer={config.tokenizer}: set vocab_size={size}"
+        )
+    for key, ours in (("eos_token_id", end_id), ("pad_token_id", pad_id)):
+        theirs = getattr(values, key)
+        # CLIP's tower is blind to the padding
+        unused = key == "pad_token_id" and config.type == "clip_text_model" and config.pooling != "mean"
+        if theirs is not None and theirs != ours and not unused:
+            raise ConfigError(
+                f"model.text.config.{key}={theirs}, but model.text.tokenizer={config.tokenizer} writes {ours}: set {key}={ours}"
+            )
+
+
+def _build(key: str, kind: str, values: Mapping[str, Any], defaults: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
+    config = _transformers_config(key, kind, values, defaults)
+    try:
+        body = cast(PreTrainedModel, AutoModel.from_config(config))  # takes sdpa attention where the model has it
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{key}.config does not make a {kind} tower: {error}") from error
+    for name, module in body.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{key}.type={kind} has batch norm ({name}): ranks and chunks of a batch would each normalise by statistics "
+                f"of their own, so the result would depend on the layout; use a tower with layer or group norm"
+            )
+    if checkpointing:
+        if not body.supports_gradient_checkpointing:
+            raise ConfigError(f"model.activation_checkpointing: transformers has none for {key}.type={kind}; unset it")
+        body.gradient_checkpointing_enable({"use_reentrant": False})
+    return body
+
+
+def _transformers_config(key: str, kind: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> PretrainedConfig:
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"{key}.type={kind!r} is no model type of transformers{_hint(kind, CONFIG_MAPPING)}")
+    config_class = CONFIG_MAPPING[kind]
+    # transformers takes any name without a word
+    names = {"bos_token_id", "eos_token_id", "pad_token_id", *config_class.attribute_map}
+    names |= inspect.signature(config_class.__init__).parameters.keys() - {"self", "args", "kwargs"}
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"unknown key '{key}.config.{name}' for {kind}{_hint(name, names)}")
+    known_defaults = {name: value for name, value in defaults.items() if name in names}
+    return cast(PretrainedConfig, AutoConfig.for_model(kind, **(known_defaults | dict(values))))
+
+
+def _check_positions(body: PreTrainedModel, context_length: int) -> None:
+    for name, module in body.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings")):
+            # RoBERTa's positions start behind the padding's id
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            if module.num_embeddings - first < context_length:
+                raise ConfigError(
+                    f"model.text.config.max_position_embeddings={module.num_embeddings} is too small for "
+                    f"model.text.context_length={context_length}: set it to {context_length + first}"
+                )
+
+
+def _hint(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,109 @@
+"""Who may import whom, and which file may know which big dependency. Read from the source, so lazy imports count too."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "scaleclip").rglob("*.py"), *(ROOT / "kernels" / "scaleclip_kernels").rglob("*.py")])
+
+# room -> rooms of ours that it may import; a room may always import itself and scaleclip.errors
+MAY_IMPORT = {
+    "scaleclip_kernels": set(),
+    "errors": set(),
+    "config": set(),
+    "distributed": set(),
+    "guard": set(),
+    "schedule": {"config"},
+    "optim": {"config", "models"},
+    "run_folder": {"config"},
+    "data": {"config"},
+    "models": {"config"},
+    "losses": {"config", "models", "scaleclip_kernels"},
+    "metrics": {"config", "run_folder"},
+    "checkpoint": {"distributed", "run_folder"},
+    "engine": {"config", "distributed", "models", "optim"},
+    "evaluation": {"config", "data", "models"},
+    "report": {"metrics"},
+    "train": {
+        "checkpoint", "config", "data", "distributed", "engine", "evaluation", "guard", "losses", "metrics", "models",
+        "optim", "run_folder", "schedule",
+    },
+    "cli": {"checkpoint", "config", "data", "evaluation", "models", "report", "run_folder", "train"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}  # fmt: skip
+
+FENCES = {
+    "deepspeed": {"engine", "checkpoint"},
+    "wandb": {"metrics"},
+    "submitit": set(),
+    "streaming": set(),
+    "webdataset": set(),
+    "triton": {"scaleclip_kernels"},
+    "matplotlib": {"report"},
+    "transformers": {"models", "data"},
+    "typer": {"cli"},
+}
+
+KERNELS_MAY_IMPORT = {"torch", "triton", "scaleclip_kernels", *sys.stdlib_module_names}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "scaleclip_kernels" if parts[0] == "kernels" else parts[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    found = set()
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "scaleclip":
+            found.add(rest.split(".")[0])
+        elif top == "scaleclip_kernels":
+            found.add(top)
+    return found - {room(path), "errors"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    assert rooms_imported(path) <= MAY_IMPORT[room(path)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_big_dependencies_stay_behind_their_fences(path):
+    tops = {name.partition(".")[0] for name in imports(path)}
+    breached = {top for top, rooms in FENCES.items() if top in tops and room(path) not in rooms}
+    assert not breached
+    if room(path) == "scaleclip_kernels":
+        assert tops <= KERNELS_MAY_IMPORT
+
+
+def test_nothing_imports_tools_or_tests():
+    for path in SOURCES:
+        assert not {name.partition(".")[0] for name in imports(path)} & {"tools", "tests"}
+
+
+def test_there_is_no_circle():
+    rooms = {room(path) for path in SOURCES}
+    edges = {name: set().union(*(rooms_imported(p) for p in SOURCES if room(p) == name)) for name in rooms}
+    done: set[str] = set()
+    while edges:
+        leaves = {name for name, needs in edges.items() if needs <= done}
+        assert leaves, f"a circle among {sorted(edges)}"
+        done |= leaves
+        edges = {name: needs for name, needs in edges.items() if name not in leaves}
