@@ -8,10 +8,8 @@ import yaml
 from helpers import make_sample, write_tar
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """A folder with four shards of 9, 4, 12 and 7 samples."""
-    folder = tmp_path / "shards"
+def write_shards(folder: Path) -> Path:
+    """Four shards of 9, 4, 12 and 7 samples."""
     folder.mkdir()
     first = 0
     for number, count in enumerate((9, 4, 12, 7)):
@@ -20,11 +18,10 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(tmp_path: Path, shards: Path) -> Path:
-    """A configuration of a tiny model on `shards` that trains in seconds."""
+def write_tiny_config(folder: Path, shards: Path) -> Path:
+    """A configuration of a tiny model that trains on `shards` in seconds."""
     tree = {
-        "run": {"folder": str(tmp_path / "run")},
+        "run": {"folder": str(folder / "run")},
         "data": {"shards": [f"{shards}/*.tar"], "canonical_streams": 2, "workers": 0, "concept_field": "concept"},
         "model": {"preset": "tiny"},
         "loss": {"duplicates": "ignore"},
@@ -33,6 +30,25 @@ def tiny_config(tmp_path: Path, shards: Path) -> Path:
         "checkpoint": {"every_steps": 4, "keep": 2},
         "metrics": {"log_every_steps": 1},
     }
-    path = tmp_path / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of small shards that the test may damage."""
+    return write_shards(tmp_path / "shards")
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, shards: Path) -> Path:
+    """A tiny configuration of the test's own, on its `shards`."""
+    return write_tiny_config(tmp_path, shards)
+
+
+@pytest.fixture(scope="session")
+def tiny_config_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny configuration that tests share; each gives a run.folder of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return str(write_tiny_config(folder, write_shards(folder / "shards")))
