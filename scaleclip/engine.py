@@ -24,6 +24,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import DeepSpeedEngine
 
+deepspeed.logger.setLevel("WARNING")
+# A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration that a run uses."""
@@ -49,9 +53,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def build_engine(config: RunConfig, model: DualEncoder, world: World) -> DeepSpeedEngine:
     """The model and its AdamW under ZeRO; the process group must be up (scaleclip.distributed.init)."""
-    deepspeed.logger.setLevel("WARNING")
-    # A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model.to(world.device)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -43,7 +43,6 @@ def train(config: RunConfig) -> Path:
         Stopped: a signal asked the run to stop; everything up to then is saved.
         RunError: the loss is not finite, too many samples are invalid, or a checkpoint cannot be written or read.
     """
-    stop = StopSignal()
     world = distributed.init()
     validate(config, world.size)
     manifest = load_manifest(config.data.shards, config.data.manifest)
@@ -68,6 +67,7 @@ def train(config: RunConfig) -> Path:
 
     torch.manual_seed(config.run.seed)
     model = DualEncoder(config.model)
+    step_flops = 3 * share * forward_flops(model, config.model)
     engine = build_engine(config, model, world)
     resumed = checkpoint.find(folder, world)
     state = TrainState(world_size=world.size)
@@ -77,12 +77,12 @@ def train(config: RunConfig) -> Path:
 
     steps = config.train.steps
     metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps) if world.is_main else None
-    step_flops = 3 * forward_flops(config.model) * share
     peak = peak_tflops(world.device)
     batches = train_batches(dataset, state.step, steps, config, pin_memory=world.device.type == "cuda")
     faults: Counter[str] = Counter()
     interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
     model.train()
+    stop = StopSignal()
     try:
         while state.step < steps:
             wait_start = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleclip import distributed
@@ -40,7 +41,7 @@ def run_steps(config_path: str, overrides: list[str], num_steps: int, lr: float)
     model = DualEncoder(config.model)
     engine = build_engine(config, model, world)
     share = config.train.global_batch // world.size
-    losses, norms, scales, gradients = [], [], [], {}
+    losses, norms, scales, masters = [], [], [], []
     for step in range(num_steps):
         mine = [part[world.rank * share : (world.rank + 1) * share] for part in make_batch(config, step)]
         pixels, tokens, ids, valid, seeds = mine
@@ -49,16 +50,16 @@ def run_steps(config_path: str, overrides: list[str], num_steps: int, lr: float)
         loss = contrastive(features, ids, valid, config.loss)
         engine.backward(loss)
         norms.append(clip_gradients(engine, config.optim).item())
-        if config.train.zero_stage == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         engine.step()
         losses.append(loss.item())
         scales.append(model.logit_scale.item())
+        master = safe_get_full_fp32_param(model.logit_scale) if config.train.zero_stage else model.logit_scale
+        masters.append(master.item())
     return {
         "losses": losses,
         "norms": norms,
         "log_scales": scales,
-        "gradients": gradients,
+        "master_log_scales": masters,
         "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
     }
 

@@ -18,6 +18,7 @@ ODD_CAPTIONS = [
     "a photo of a cat",
     "IT'S  what I'LL say, we've 'SSS don''t \u2019re '\u017f",
     "&amp;lt;b&gt; caf&eacute; &#128512; &amp;amp;amp;",
+    "1 < 2 &amp;lt; 3",  # ftfy leaves entities alone where it sees a "<"
     "\u00dcn\u00efc\u00f6de \u0130stanbul \u0152UVRE stra\u00dfe \ufb01ve \u00bd \u00b2 \u216b \u2460 \u0663",
     "e\u0301 decomposed, \u00e9 composed",
     "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd",

@@ -206,6 +206,15 @@ def test_sdpa_attention_is_used() -> None:
     assert model.image.body.config._attn_implementation == model.text.body.config._attn_implementation == "sdpa"
 
 
+def flops_of(config: ModelConfig) -> int:
+    return forward_flops(DualEncoder(config), config)
+
+
+@pytest.mark.parametrize("image", IMAGE_TOWERS)
+def test_forward_flops_of_every_tower(image: str) -> None:
+    assert flops_of(model_config(image=IMAGE_TOWERS[image], text=TEXT_TOWERS["bert mean"])) > 0
+
+
 def test_forward_flops_are_those_of_the_matrices() -> None:
     def tower(tokens: int, width: int, mlp: int, layers: int) -> int:
         linears = 2 * tokens * (4 * width * width + 2 * width * mlp)
@@ -215,12 +224,12 @@ def test_forward_flops_are_those_of_the_matrices() -> None:
     patches = 2 * 16 * 3 * 8 * 8 * 32
     projections = 2 * 2 * 32 * 16
     expected = tower(17, 32, 64, 2) + tower(10, 32, 64, 2) + patches + projections
-    assert forward_flops(model_config()) == expected
-    dropped = forward_flops(model_config(image={"config": VIT, "patch_dropout": 0.5}))
+    assert flops_of(model_config()) == expected
+    dropped = flops_of(model_config(image={"config": VIT, "patch_dropout": 0.5}))
     assert dropped == expected - tower(17, 32, 64, 2) + tower(9, 32, 64, 2)
-    assert forward_flops(model_config(activation_checkpointing=True)) == expected
+    assert flops_of(model_config(activation_checkpointing=True)) == expected
     bert_pooler = 2 * 32 * 32
-    assert forward_flops(model_config(text=TEXT_TOWERS["bert"])) == expected + bert_pooler
+    assert flops_of(model_config(text=TEXT_TOWERS["bert"])) == expected + bert_pooler
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,0 +1,226 @@
+"""Whole runs: killed, stopped, on several ranks, on bad data and full disks."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import make_sample, write_tar
+from rank_jobs import train_run
+from ranks import run_ranks
+from runs import exact, figures, finish, rows, run, signal_when, start
+
+from scaleclip import checkpoint
+from scaleclip.run_folder import read_config
+
+SPLITS = "eval.splits=package:scaleclip/data/demo/eval/unseen_clipart.json"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_config_path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = run("train", tiny_config_path, f"run.folder={folder}", SPLITS)
+    assert "image -> text R@1" in output
+    assert str(folder) in output
+    return folder
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    assert exact(folder) == exact(undisturbed)
+    assert figures(folder) == figures(undisturbed)
+
+
+def test_a_run_learns_and_leaves_its_folder(undisturbed):
+    losses = [row["loss"] for row in rows(undisturbed)]
+    assert [row["step"] for row in rows(undisturbed)] == list(range(1, 13))
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.2
+    assert [path.name for path in checkpoint.saved(undisturbed)] == ["step_00000008", "step_00000012"], (
+        "the newest two are kept"
+    )
+    assert (undisturbed / "checkpoints" / "latest").read_text() == "step_00000012"
+    assert read_config(undisturbed).run.folder == str(undisturbed)
+    provenance = json.loads((undisturbed / "provenance.json").read_text())["starts"]
+    assert provenance[0]["packages"]["torch"]
+    assert (undisturbed / "curves.png").stat().st_size > 10_000
+    assert list((undisturbed / "log").rglob("0.log"))
+
+
+AFTER_STEP = {f"step {step}": (lambda folder, s=step: len(rows(folder)) >= s) for step in (1, 3, 5, 7, 9, 10, 11)}
+IN_A_SAVE = {
+    f"save {step}": (lambda folder, s=step: (folder / "checkpoints" / f".partial-step_{s:08d}").exists()) for step in (4, 8, 12)
+}
+QUICK = ("step 7", "save 8")
+MOMENTS = [
+    pytest.param(seen, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name, seen in (AFTER_STEP | IN_A_SAVE).items()
+]
+
+
+@pytest.mark.parametrize("seen", MOMENTS)
+def test_a_killed_run_ends_like_an_undisturbed_one(tiny_config_path, undisturbed, tmp_path, seen):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
+    code, _ = signal_when(start(*arguments), lambda: seen(tmp_path), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    run(*arguments)
+    assert_same_run(tmp_path, undisturbed)
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.slow
+def test_a_run_with_loader_processes_and_a_damaged_checkpoint_goes_on_from_the_one_before(
+    tiny_config_path, undisturbed, tmp_path
+):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS, "data.workers=2")
+    signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 10, signal.SIGKILL)
+    newest = checkpoint.saved(tmp_path)[-1]
+    weights = newest / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:-1000] + b"\0" * 1000)
+    output = run(*arguments)
+    assert f"{newest.name} is damaged (mp_rank_00_model_states.pt has changed)" in " ".join(output.split())
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_without_a_whole_checkpoint_a_run_refuses_to_start_over(tiny_config_path, tmp_path):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}")
+    signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
+    for path in checkpoint.saved(tmp_path):
+        (path / "state.json").unlink()
+    code, output = finish(start(*arguments))
+    assert code == 1
+    assert "are damaged: delete them to start afresh" in output
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR2, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_a_signal_stops_at_a_step_boundary_and_loses_nothing(tiny_config_path, undisturbed, tmp_path, number):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
+    code, output = signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 2, number)
+    assert code == 128 + number
+    done = len(rows(tmp_path))
+    assert f"stopped by {number.name} after step {done}, which is saved" in output
+    assert checkpoint.read_state(checkpoint.saved(tmp_path)[-1]).step == done
+    run(*arguments)
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_give_the_same_loss_curve(tiny_config_path, undisturbed, tmp_path, world_size):
+    """8 pairs over 3 ranks leave an invalid slot on the last one."""
+    run_ranks(train_run, world_size, tiny_config_path, [f"run.folder={tmp_path}", SPLITS])
+    for row, expected in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        assert row["world_size"] == world_size
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert row["samples"] == expected["samples"]
+
+
+@pytest.mark.slow
+def test_a_sharded_optimizer_needs_its_number_of_ranks(tiny_config_path, tmp_path):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}")
+    signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
+    code, output = finish(start(*arguments, "--ranks", "2"))
+    assert code != 0
+    assert "was saved by 1 ranks with train.zero_stage=1, this start has 2" in output
+
+
+@pytest.mark.slow
+def test_two_ranks_by_the_command_stop_on_ctrl_c_and_go_on(tiny_config_path, tmp_path):
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS, "--ranks", "2")
+    process = start(*arguments, process_group=0)
+    code, output = signal_when(process, lambda: len(rows(tmp_path)) >= 3, signal.SIGINT)
+    assert code != 0
+    assert "which is saved" in output
+    run(*arguments)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+def test_a_finished_run_is_left_alone(tiny_config_path, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")}
+    output = run("train", tiny_config_path, f"run.folder={undisturbed}", SPLITS)
+    assert "is finished: nothing to do" in " ".join(output.split())
+    assert "image -> text R@1" in output
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")} == before
+
+
+def test_eval_gives_the_figures_of_the_runs_end(undisturbed):
+    expected = figures(undisturbed)
+    (undisturbed / "results.json").unlink()
+    run("eval", undisturbed)
+    assert figures(undisturbed) == expected
+
+
+def test_another_configuration_is_refused_and_named(tiny_config_path, undisturbed):
+    code, output = finish(
+        start("train", tiny_config_path, f"run.folder={undisturbed}", SPLITS, "optim.lr=0.5", "data.workers=1")
+    )
+    assert code == 2
+    assert "holds a run with another configuration" in output
+    assert "optim.lr: 0.001 there, 0.5 now" in output
+    assert "data.workers" not in output
+
+
+def test_a_folder_that_cannot_be_written(tiny_config_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, output = finish(start("train", tiny_config_path, f"run.folder={tmp_path}/file/run"))
+    assert code == 2
+    assert f"run.folder={tmp_path}/file/run: cannot be written: Not a directory" in output
+
+
+def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, tmp_path):
+    """Files may not grow beyond 300 kB: metrics can be written, checkpoints cannot."""
+    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
+    code, _ = signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
+    intact = checkpoint.newest(tmp_path)
+    assert intact is not None
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+
+    code, output = finish(start(*arguments, preexec_fn=limit))
+    assert code == 1
+    assert "free some disk and start again: the run goes on from step_00000004, which is whole" in output
+    assert "Traceback" not in output
+    assert checkpoint.newest(tmp_path) == intact
+    run(*arguments)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limit(tiny_config, shards, tmp_path):
+    write_tar(shards / "00001.tar", [make_sample(i, jpg=b"\xff\xd8\xffno") for i in range(9, 13)])
+    folder = tmp_path / "run"
+    run("train", tiny_config, "data.max_invalid_fraction=1", "data.workers=1", "train.samples=32")
+    assert rows(folder)[-1]["invalid"] == {"undecodable_image": 4}
+    code, output = finish(start("train", tiny_config, f"run.folder={tmp_path}/other"))
+    assert code == 1
+    assert "samples could not be used ({'undecodable_image':" in output
+    assert "data.max_invalid_fraction=0.1" in output
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny_config, tmp_path):
+    code, output = finish(start("train", tiny_config, "optim.lr=1e30", "optim.warmup_samples=0", "optim.clip_norm=0"))
+    assert code == 1
+    assert "the loss is nan at step" in output
+    assert all(checkpoint.read_state(path).step < 4 for path in checkpoint.saved(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_wandb_keeps_its_run_over_a_restart(tiny_config, tmp_path):
+    arguments = ("train", tiny_config, "metrics.wandb=offline")
+    signal_when(start(*arguments), lambda: len(rows(tmp_path / "run")) >= 5, signal.SIGKILL)
+    run(*arguments)
+    runs = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert len({name.rsplit("-", 1)[1] for name in runs}) == 1
+
+
+def test_no_shards_match(tiny_config):
+    code, output = finish(start("train", tiny_config, "data.shards=/nowhere/*.tar"))
+    assert (code, output) == (
+        2,
+        "data.shards: no shards match '/nowhere/*.tar': check the path, and that this machine sees it\n",
+    )
