@@ -1,0 +1,98 @@
+"""Retrieval, zero-shot accuracy and chance against their definitions."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from helpers import make_sample, write_tar
+from torch.nn.functional import normalize
+
+from scaleclip.errors import ConfigError
+from scaleclip.evaluation import retrieval
+from scaleclip.evaluation.retrieval import RANKS, chance_recall_at_k, recall_at_k
+from scaleclip.evaluation.splits import open_splits
+from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
+
+
+def features(num, seed):
+    return normalize(torch.randn(num, 6, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def recall_by_sorting(query, gallery, query_concept, gallery_concept, k):
+    found = 0
+    for vector, concept in zip(query, query_concept, strict=True):
+        nearest = (gallery @ vector).argsort(descending=True)[:k]
+        found += bool((gallery_concept[nearest] == concept).any())
+    return found / len(query)
+
+
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_recall_is_that_of_a_full_sort(monkeypatch, block):
+    monkeypatch.setattr(retrieval, "_BLOCK", block)
+    query, gallery = features(40, 0), features(60, 1)
+    query_concept, gallery_concept = torch.arange(40) % 25, torch.arange(60) % 25
+    recall = recall_at_k(query, gallery, query_concept, gallery_concept)
+    assert list(recall) == list(RANKS)
+    for k, value in recall.items():
+        assert value == recall_by_sorting(query, gallery, query_concept, gallery_concept, k)
+    assert 0 < recall[1] < recall[5] < recall[10] < 1
+
+
+def test_ties_count_against_the_query():
+    """A model that maps everything to one vector finds nothing."""
+    ones = normalize(torch.ones(30, 6), dim=1)
+    assert set(recall_at_k(ones, ones, torch.arange(30), torch.arange(30)).values()) == {0.0}
+
+
+def test_chance_is_the_mean_over_random_rankings():
+    query_concept, gallery_concept = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 0, 1, 1, 2, 3])
+    chance = chance_recall_at_k(query_concept, gallery_concept)
+    assert chance[1] == pytest.approx((3 / 7 + 2 / 7 + 1 / 7) / 3)
+    hits = [
+        sum(bool((gallery_concept[list(first)] == concept).any()) for concept in query_concept) / 3
+        for first in itertools.combinations(range(7), 5)
+    ]
+    assert chance[5] == pytest.approx(sum(hits) / len(hits))
+    assert chance[10] == 1
+
+
+def test_zero_shot_takes_the_nearest_class_over_templates():
+    vectors = {"a cat": (1, 0, 0), "the cat": (0, 1, 0), "a dog": (0, 0, 1), "the dog": (0, 0, 1)}
+    classes = class_vectors(["cat", "dog"], ["a {}", "the {}"], lambda texts: torch.tensor([vectors[t] for t in texts]).float())
+    torch.testing.assert_close(classes, normalize(torch.tensor([[1.0, 1, 0], [0, 0, 1]]), dim=1))
+    images = normalize(torch.tensor([[1.0, 0.9, 0.1], [0.1, 0, 1], [0, 0, 1]]), dim=1)
+    assert accuracy(images, classes, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+    assert majority_share(torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+
+
+@pytest.fixture
+def split(tmp_path):
+    write_tar(tmp_path / "held-00000.tar", [make_sample(i) for i in range(5)])
+    (tmp_path / "held.json").write_text(
+        json.dumps(
+            {
+                "name": "held",
+                "about": "five things",
+                "gallery": [{"concept": f"c{i}", "text": f"thing {i}"} for i in range(5)],
+                "concepts": {f"{i:09d}": f"c{i}" for i in range(5)},
+            }
+        )
+    )
+    return tmp_path / "held.json"
+
+
+def test_a_split_gives_its_images_in_order(split):
+    [data] = open_splits([str(split.parent / "*.json")])
+    batches = list(data.images(size=24, batch=2))
+    assert [key for keys, _ in batches for key in keys] == [f"{i:09d}" for i in range(5)]
+    assert [tuple(pixels.shape) for _, pixels in batches] == [(2, 3, 24, 24), (2, 3, 24, 24), (1, 3, 24, 24)]
+
+
+def test_faults_of_a_split_are_errors(split):
+    with pytest.raises(ConfigError, match="nothing matches"):
+        open_splits(["/nowhere/*.json"])
+    tree = json.loads(split.read_text())
+    split.write_text(json.dumps(tree | {"galery": []}))
+    with pytest.raises(ConfigError, match="cannot be read as a split"):
+        open_splits([str(split)])

@@ -1,0 +1,77 @@
+"""Rows, their truncation at a resume, pictures and tables."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scaleclip.config import MetricsConfig
+from scaleclip.errors import ConfigError
+from scaleclip.metrics import Metrics, Row, read_rows
+from scaleclip.report import plot_run, results_table
+
+
+def make_row(step: int) -> Row:
+    return Row(
+        step=step, samples=step * 8, epoch=step / 4, loss=5 / step, lr=1e-3, logit_scale=14.3, grad_norm=1.0, pairs_per_s=100.0,
+        tflops=0.1, mfu=None, data_wait=0.01, memory_gib=1.0, invalid={}, world_size=1, train_s=1.0,
+    )  # fmt: skip
+
+
+def open_metrics(folder, step=0) -> Metrics:
+    return Metrics(folder, MetricsConfig(), {}, step, 10)
+
+
+def test_rows_are_readable_while_they_are_written(tmp_path):
+    metrics = open_metrics(tmp_path)
+    for step in (1, 2):
+        metrics.write(make_row(step))
+        assert read_rows(tmp_path)[-1] == json.loads(json.dumps(make_row(step)._asdict()))
+    metrics.close()
+
+
+def test_a_resume_drops_rows_of_lost_work_and_a_torn_line(tmp_path):
+    metrics = open_metrics(tmp_path)
+    for step in range(1, 6):
+        metrics.write(make_row(step))
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4, 5]
+    metrics = open_metrics(tmp_path, step=3)
+    metrics.write(make_row(4))
+    metrics.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_plot_shows_six_curves(tmp_path):
+    metrics = open_metrics(tmp_path)
+    for step in range(1, 40):
+        metrics.write(make_row(step))
+    metrics.close()
+    pixels = np.array(Image.open(plot_run(tmp_path)).convert("RGB")).astype(int)
+    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 60)  # only curves are blue
+    height, width = pixels.shape[:2]
+    assert len({(r * 2 // height, c * 3 // width) for r, c in zip(rows, columns, strict=True)}) == 6
+
+
+def test_a_plot_without_rows_says_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl with rows"):
+        plot_run(tmp_path)
+
+
+def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):
+    figures = [
+        {"split": "s", "metric": "image -> text R@1", "value": 0.123, "chance": 0.002, "majority": None},
+        {"split": "s", "metric": "zero-shot group", "value": 0.5, "chance": 0.1, "majority": 0.25},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"step": 7, "figures": figures}))
+    columns = [list(column.cells) for column in results_table(tmp_path).columns]
+    assert columns == [
+        ["s", "s"],
+        ["image -> text R@1", "zero-shot group"],
+        ["12.3%", "50.0%"],
+        ["0.2%", "10.0%"],
+        ["", "25.0%"],
+    ]
