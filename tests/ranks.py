@@ -11,7 +11,7 @@ from typing import Any
 
 
 def run_ranks(job: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
-    """Each rank's `job(*args)`, in rank order. `job` must be importable by name (tests/rank_jobs.py). Raises if a rank fails."""
+    """Each rank's `job(*args)`, in rank order; `job` lies in tests/rank_jobs.py. Raises if a rank fails."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

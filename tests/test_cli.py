@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from runs import run
 
 HEAVY = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "matplotlib")

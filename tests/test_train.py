@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from helpers import make_sample, write_tar
 from rank_jobs import train_run
 from ranks import run_ranks
 from runs import exact, figures, finish, rows, run, signal_when, start
-
 from scaleclip import checkpoint
 from scaleclip.run_folder import read_config
 

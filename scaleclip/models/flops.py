@@ -19,6 +19,6 @@ def forward_flops(model: DualEncoder, config: ModelConfig) -> int:
     tokens_BT = torch.zeros(1, config.text.context_length, dtype=torch.int64, device=device)
     seeds_B = torch.zeros(1, dtype=torch.int64, device=device)
     # the counter does not know the CPU's fused attention; the plain one is made of matrix products
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # type: ignore[no-untyped-call]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels_BCHW, (tokens_BT,), seeds_B)
     return int(counter.get_total_flops())

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from helpers import make_sample, write_tar
 from torch.nn.functional import normalize
 
+from helpers import make_sample, write_tar
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation import retrieval
 from scaleclip.evaluation.retrieval import RANKS, chance_recall_at_k, recall_at_k

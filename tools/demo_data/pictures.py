@@ -61,7 +61,8 @@ def to_webp(image: Image.Image) -> bytes:
 
 def thumbnail(webp: bytes) -> NDArray[np.float32]:
     pixels: NDArray[np.float32] = np.asarray(Image.open(io.BytesIO(webp)).convert("RGB"), np.float32)
-    return pixels.reshape(16, SIZE // 16, 16, SIZE // 16, 3).mean(axis=(1, 3)).ravel()
+    means: NDArray[np.float32] = pixels.reshape(16, SIZE // 16, 16, SIZE // 16, 3).mean(axis=(1, 3)).ravel()
+    return means
 
 
 def is_blank(picture: Picture) -> bool:
