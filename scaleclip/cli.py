@@ -1,7 +1,7 @@
 """The command `scaleclip`. Imports inside the commands: `scaleclip --help` answers before torch would have loaded."""
 
-import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,28 +49,34 @@ def demo(overrides: Overrides = None, ranks: Ranks = 1) -> None:
     folder = run_training(load_config(resolve_path(DEMO_CONFIG), overrides or ()))
     if _is_main():
         _show(folder)
+        command = "scaleclip" if shutil.which("scaleclip") else os.path.relpath(Path(sys.executable).parent / "scaleclip")
         typer.echo(
             "Try next:\n"
-            "  scaleclip demo run.folder=runs/hotter optim.lr=2e-3     another run, one setting changed\n"
-            "  scaleclip demo run.folder=runs/two --ranks 2            the same on two ranks\n"
-            "  scaleclip config package:scaleclip/configs/demo.yaml    every setting of this run\n"
-            "  README.md, 'Your own shards'                            train on img2dataset's tars"
+            f"  {command} demo run.folder=runs/milder optim.lr=5e-4   another run, one setting changed\n"
+            f"  {command} demo run.folder=runs/two --ranks 2          the same run on two ranks\n"
+            f"  {command} config {DEMO_CONFIG}   every setting\n"
+            "  README.md, 'Your own shards'   train on what img2dataset wrote"
         )
 
 
 @app.command("eval")
 def evaluate(
     run: RunFolder,
-    split: Annotated[list[str] | None, typer.Option(help="Split descriptions instead of the run's own.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split descriptions instead of the run's own; their figures are not saved.")
+    ] = None,
 ) -> None:
     """Evaluate a run's newest checkpoint on held-out splits and print the table."""
+    from rich.console import Console
+
     from scaleclip import checkpoint
     from scaleclip.data.tokenizer import load_tokenizer
     from scaleclip.evaluation.evaluate import evaluate as run_evaluation
+    from scaleclip.evaluation.results import write_results
     from scaleclip.evaluation.splits import open_splits
     from scaleclip.models.dual_encoder import DualEncoder
+    from scaleclip.report import results_table
     from scaleclip.run_folder import read_config
-    from scaleclip.train import write_results
 
     config = read_config(run)
     newest = checkpoint.newest(run)
@@ -79,10 +85,11 @@ def evaluate(
     model = DualEncoder(config.model)
     model.load_state_dict(checkpoint.load_weights(newest))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-    splits = open_splits(split or config.eval.splits)
-    figures = run_evaluation(model, tokenizer, splits, config.model.image.size, config.eval.batch)
-    write_results(run, checkpoint.read_state(newest).step, figures)
-    _show(run)
+    figures = run_evaluation(model, tokenizer, open_splits(split or config.eval.splits), config)
+    step = checkpoint.read_state(newest).step
+    if not split:
+        write_results(run, step, figures)
+    Console().print(results_table(f"{run}, step {step:,}", figures))
 
 
 @app.command()
@@ -160,9 +167,11 @@ def _is_main() -> bool:
 def _show(folder: Path) -> None:
     from rich.console import Console
 
+    from scaleclip.evaluation.results import finished_step, read_results
     from scaleclip.report import plot_run, results_table
 
-    if json.loads((folder / "results.json").read_text())["figures"]:
-        Console().print(results_table(folder))
+    figures = read_results(folder)
+    if figures:
+        Console().print(results_table(f"{folder}, step {finished_step(folder):,}", figures))
     plot_run(folder)
     typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, curves.png, checkpoints/)")

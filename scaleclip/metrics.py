@@ -6,14 +6,16 @@ One row a log step; between log steps nothing is read from the device.
 import json
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scaleclip.config import MetricsConfig
+from scaleclip.evaluation.results import Figure
 from scaleclip.run_folder import wandb_id, write_atomic
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets.
@@ -67,9 +69,9 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: MetricsConfig, run_config: dict[str, Any], step: int, steps: int) -> None:
-        path = folder / "metrics.jsonl"
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_rows(folder) if row["step"] <= step))
-        self._file: IO[str] = path.open("a")
+        self._rows, self._evaluations = (
+            _open_dropping_lost(folder / name, step) for name in ("metrics.jsonl", "evaluations.jsonl")
+        )
         self._wandb = _start_wandb(folder, config, run_config)
         self._console = Console()
         self._progress = Progress(
@@ -85,8 +87,7 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Append a row."""
-        self._file.write(json.dumps(row._asdict()) + "\n")
-        self._file.flush()
+        _append(self._rows, row._asdict())
         if self._wandb is not None:
             self._wandb.log(row._asdict(), step=row.step)
         invalid = sum(row.invalid.values())
@@ -97,29 +98,25 @@ class Metrics:
         if not self._console.is_terminal:
             self._console.print(f"step {row.step}  {news}", highlight=False)
 
-    def write_results(self, step: int, results: dict[str, float]) -> None:
-        """Evaluation figures beside the training curves."""
+    def write_figures(self, step: int, figures: Sequence[Figure]) -> None:
+        """A row in evaluations.jsonl, and the figures beside the training curves in Weights & Biases."""
+        values = {f"{figure.split} {figure.metric}": figure.value for figure in figures}
+        _append(self._evaluations, {"step": step, **values})
         if self._wandb is not None:
-            self._wandb.log({f"eval/{name}": value for name, value in results.items()}, step=step)
+            self._wandb.log({f"eval/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """End the bar and the files."""
         self._progress.stop()
-        self._file.close()
+        self._rows.close()
+        self._evaluations.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a crash cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """The rows of a run's metrics.jsonl; a last line that a crash cut short is left out."""
+    return _read_whole_lines(folder / "metrics.jsonl")
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -135,6 +132,27 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _open_dropping_lost(path: Path, step: int) -> TextIO:
+    """Open to append, without the rows after `step`: their work was lost and will be done again."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in _read_whole_lines(path) if row["step"] <= step))
+    return path.open("a")
+
+
+def _append(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
 
 
 def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any]) -> Any:

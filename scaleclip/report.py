@@ -1,6 +1,7 @@
 """A run folder as pictures and tables."""
 
-import json
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from scaleclip.errors import ConfigError
+from scaleclip.evaluation.results import Figure
 from scaleclip.metrics import read_rows
 
 _CURVES = {
@@ -54,19 +56,16 @@ def plot_run(folder: Path) -> Path:
     return path
 
 
-def results_table(folder: Path) -> Table:
-    """The run's results.json, chance and majority class beside each figure."""
-    results = json.loads((folder / "results.json").read_text())
-    table = Table(title=f"{folder}, step {results['step']:,}", title_justify="left")
+def results_table(title: str, figures: Sequence[Figure]) -> Table:
+    """Figures with chance and majority class beside each."""
+    table = Table(title=title, title_justify="left")
     table.add_column("split")
     table.add_column("figure")
     for column in ("measured", "chance", "majority class"):
         table.add_column(column, justify="right")
-    previous = None
-    for row in results["figures"]:
-        if previous not in (None, row["split"]):
-            table.add_section()
-        majority = "" if row["majority"] is None else f"{row['majority']:.1%}"
-        table.add_row(row["split"], row["metric"], f"{row['value']:.1%}", f"{row['chance']:.1%}", majority)
-        previous = row["split"]
+    for split, rows in itertools.groupby(figures, key=lambda figure: figure.split):
+        for row in rows:
+            majority = "" if row.majority is None else f"{row.majority:.1%}"
+            table.add_row(split, row.metric, f"{row.value:.1%}", f"{row.chance:.1%}", majority)
+        table.add_section()
     return table

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -119,7 +120,8 @@ def _this_start(world_size: int, manifest_fingerprint: str) -> dict[str, Any]:
     checkout = Path(__file__).parent.parent
     describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     # an installed package may lie inside somebody else's repository
-    git = subprocess.run(describe, capture_output=True, text=True, check=False).stdout if (checkout / ".git").exists() else ""
+    known = shutil.which("git") and (checkout / ".git").exists()
+    git = subprocess.run(describe, capture_output=True, text=True, check=False).stdout if known else ""
     return {
         "id": os.urandom(4).hex(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

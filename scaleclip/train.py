@@ -1,6 +1,5 @@
 """One run, top to bottom."""
 
-import json
 import math
 import time
 from collections import Counter
@@ -20,7 +19,8 @@ from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.distributed import World
 from scaleclip.engine import build_engine, clip_gradients
 from scaleclip.errors import ConfigError, RunError, Stopped
-from scaleclip.evaluation.evaluate import Figure, evaluate
+from scaleclip.evaluation.evaluate import evaluate
+from scaleclip.evaluation.results import finished_step, write_results
 from scaleclip.evaluation.splits import open_splits
 from scaleclip.guard import StopSignal
 from scaleclip.losses.objective import contrastive
@@ -29,7 +29,7 @@ from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.flops import forward_flops
 from scaleclip.models.towers import check_tokenizer
 from scaleclip.optim import set_learning_rate
-from scaleclip.run_folder import log_to, open_run, write_atomic
+from scaleclip.run_folder import log_to, open_run
 from scaleclip.schedule import learning_rate
 
 
@@ -53,7 +53,7 @@ def train(config: RunConfig) -> Path:
 
     folder = _open_together(config, world, manifest.fingerprint)
     log = log_to(folder, world.rank)
-    if (folder / "results.json").exists():
+    if finished_step(folder) == config.train.steps:
         log.info(f"{folder} is finished: nothing to do")
         distributed.barrier()
         distributed.shutdown()
@@ -107,12 +107,14 @@ def train(config: RunConfig) -> Path:
 
             last = state.step == steps
             save_now = last or state.step % config.checkpoint.every_steps == 0
-            if state.step % config.metrics.log_every_steps == 0 or save_now:
-                now = time.perf_counter()
-                interval_s = now - interval_start
+            evaluate_now = not last and config.eval.every_steps > 0 and state.step % config.eval.every_steps == 0
+            if state.step % config.metrics.log_every_steps == 0 or save_now or evaluate_now:
+                # the first read from the device since the last log step
+                loss_now = loss.item()
+                interval_s = time.perf_counter() - interval_start
                 state.train_s += interval_s
                 signals = _exchange(faults, stop, state)
-                _check_health(loss.item(), state, config)
+                _check_health(loss_now, state, config)
                 if metrics:
                     tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
                     metrics.write(
@@ -120,10 +122,10 @@ def train(config: RunConfig) -> Path:
                             step=state.step,
                             samples=state.samples,
                             epoch=state.samples / manifest.num_samples,
-                            loss=loss.item(),
+                            loss=loss_now,
                             lr=lr,
-                            logit_scale=float(features.logit_scale),
-                            grad_norm=float(grad_norm),
+                            logit_scale=features.logit_scale.item(),
+                            grad_norm=grad_norm.item(),
                             pairs_per_s=config.train.global_batch * (state.step - logged_step) / interval_s,
                             tflops=tflops,
                             mfu=None if peak is None else tflops / peak,
@@ -138,27 +140,20 @@ def train(config: RunConfig) -> Path:
                     checkpoint.save(engine, folder, state, world, config.checkpoint.keep)
                 if signals and not last:
                     raise Stopped(signals, state.step)
-                if config.eval.every_steps and state.step % config.eval.every_steps == 0 and not last and metrics:
-                    figures = evaluate(model, tokenizer, splits, config.model.image.size, config.eval.batch)
-                    metrics.write_results(state.step, {f"{f.split} {f.metric}": f.value for f in figures})
+                if evaluate_now and metrics:
+                    metrics.write_figures(state.step, evaluate(model, tokenizer, splits, config))
                 interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
-        if world.is_main:
-            # the last thing written: a run folder with results is finished
-            figures = evaluate(model, tokenizer, splits, config.model.image.size, config.eval.batch)
+        if metrics:
+            figures = evaluate(model, tokenizer, splits, config)
+            metrics.write_figures(state.step, figures)
+            # the last thing that a run writes
             write_results(folder, state.step, figures)
-            if metrics:
-                metrics.write_results(state.step, {f"{f.split} {f.metric}": f.value for f in figures})
         distributed.barrier()
     finally:
         if metrics:
             metrics.close()
     distributed.shutdown()
     return folder
-
-
-def write_results(folder: Path, step: int, figures: list[Figure]) -> None:
-    """results.json: the figures of the weights after `step` steps."""
-    write_atomic(folder / "results.json", json.dumps({"step": step, "figures": [f._asdict() for f in figures]}, indent=2))
 
 
 def _open_together(config: RunConfig, world: World, manifest_fingerprint: str) -> Path:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from scaleclip.config import MetricsConfig
 from scaleclip.errors import ConfigError
+from scaleclip.evaluation.results import Figure, finished_step, read_results, write_results
 from scaleclip.metrics import Metrics, Row, read_rows
 from scaleclip.report import plot_run, results_table
 
@@ -62,12 +63,10 @@ def test_a_plot_without_rows_says_so(tmp_path):
 
 
 def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):
-    figures = [
-        {"split": "s", "metric": "image -> text R@1", "value": 0.123, "chance": 0.002, "majority": None},
-        {"split": "s", "metric": "zero-shot group", "value": 0.5, "chance": 0.1, "majority": 0.25},
-    ]
-    (tmp_path / "results.json").write_text(json.dumps({"step": 7, "figures": figures}))
-    columns = [list(column.cells) for column in results_table(tmp_path).columns]
+    figures = [Figure("s", "image -> text R@1", 0.123, 0.002, None), Figure("s", "zero-shot group", 0.5, 0.1, 0.25)]
+    write_results(tmp_path, 7, figures)
+    assert finished_step(tmp_path) == 7
+    columns = [list(column.cells) for column in results_table("run", read_results(tmp_path)).columns]
     assert columns == [
         ["s", "s"],
         ["image -> text R@1", "zero-shot group"],

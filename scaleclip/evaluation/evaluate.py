@@ -1,36 +1,26 @@
 """A model on held-out splits: retrieval both ways and zero-shot accuracy, with chance beside every figure."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scaleclip.config import RunConfig
 from scaleclip.data.tokenizer import Tokenizer
+from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.retrieval import chance_recall_at_k, recall_at_k
 from scaleclip.evaluation.splits import SplitData
 from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
 from scaleclip.models.dual_encoder import DualEncoder
 
 
-class Figure(NamedTuple):
-    """One figure of an evaluation; shares are in 0..1."""
-
-    split: str
-    metric: str
-    value: float
-    chance: float
-    """What a random answer gives."""
-    majority: float | None
-    """What always answering the most frequent class gives; None for retrieval."""
-
-
 @torch.no_grad()
-def evaluate(model: DualEncoder, tokenizer: Tokenizer, splits: Sequence[SplitData], size: int, batch: int) -> list[Figure]:
+def evaluate(model: DualEncoder, tokenizer: Tokenizer, splits: Sequence[SplitData], config: RunConfig) -> list[Figure]:
     """Every figure of every split, in fp32. The model is left in the mode it was in."""
     training = model.training
     model.eval()
     try:
+        size, batch = config.model.image.size, config.eval.batch
         return [figure for data in splits for figure in _evaluate_split(model, tokenizer, data, size, batch)]
     finally:
         model.train(training)
