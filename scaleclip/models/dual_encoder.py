@@ -68,6 +68,8 @@ class DualEncoder(nn.Module):
     def encode_image(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Tensor:
         """Image features [B, E], fp32, of unit length, from uint8 pixels."""
         pixels_BCHW = self._normalise(pixels_BCHW).to(self.image_projection.weight.dtype)
+        # convolutions are faster on channels that lie together, and ConvNeXt's permutations are then free
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.image_projection(self.image(pixels_BCHW, seeds_B)).float(), dim=-1)
 
     def encode_text(self, tokens_BT: Tensor) -> Tensor:
