@@ -50,7 +50,8 @@ def read_deb(archive: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
         tarfile.open(fileobj=process.stdout, mode="r|") as tar,
     ):
         for member in tar:
-            file = tar.extractfile(member)
+            # a link in a stream cannot be extracted
+            file = tar.extractfile(member) if member.isfile() else None
             if file is not None and member.name.endswith(suffix):
                 path = member.name.split(f"/openclipart/{suffix[1:]}/")[1].removesuffix(suffix)
                 yield path, file.read()

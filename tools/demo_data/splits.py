@@ -11,7 +11,8 @@ from demo_data.pictures import Picture, near_duplicates, slug
 
 SEED = 0
 NUM_UNSEEN_CONCEPTS = 200
-MIN_VENDORS_OF_UNSEEN_CONCEPT = 3
+NUM_UNSEEN_FAMILIES = 100
+MIN_VENDORS_OF_UNSEEN = 3
 NUM_UNSEEN_CLIPART = 500
 UNSEEN_VENDOR = "fluent-emoji-flat"
 EMOJI_TEMPLATES = ["an emoji of {}", "a drawing of {}", "an icon of {}", "{}"]
@@ -64,25 +65,24 @@ def concepts_without_family(emoji: list[Picture]) -> set[str]:
     return alone
 
 
-def draw_unseen_concepts(emoji: list[Picture]) -> set[str]:
-    """NUM_UNSEEN_CONCEPTS concepts without family, each group's share as among the candidates."""
+def draw_concepts(emoji: list[Picture], allowed: set[str], number: int) -> set[str]:
+    """`number` of the allowed concepts that enough vendors draw, each group's share as among those."""
     vendors: dict[str, set[str]] = defaultdict(set)
     group_of: dict[str, str] = {}
     for picture in emoji:
         vendors[picture.concept].add(picture.source)
         group_of[picture.concept] = picture.group
-    alone = concepts_without_family(emoji)
-    candidates = sorted(concept for concept in alone if len(vendors[concept]) >= MIN_VENDORS_OF_UNSEEN_CONCEPT)
+    candidates = sorted(concept for concept in allowed if len(vendors[concept]) >= MIN_VENDORS_OF_UNSEEN)
     random.Random(SEED).shuffle(candidates)
     # Sorted by group (the sort is stable) and taken at equal steps: every group gives its share.
     by_group = sorted(candidates, key=group_of.__getitem__)
-    return {by_group[index * len(by_group) // NUM_UNSEEN_CONCEPTS] for index in range(NUM_UNSEEN_CONCEPTS)}
+    return {by_group[index * len(by_group) // number] for index in range(number)}
 
 
 def without_unseen(clipart: list[Picture], unseen: list[Picture]) -> list[Picture]:
     """The clip arts that neither have a held-out emoji's name, in singular or plural, nor look like one."""
     names = {picture.concept.removesuffix("s") for picture in unseen}
-    near = near_duplicates(clipart, unseen, "compare clip art with unseen concepts")
+    near = near_duplicates(clipart, unseen, "compare clip art with unseen emoji")
     return [
         picture
         for picture, found in zip(clipart, near, strict=True)
@@ -102,16 +102,24 @@ def draw_unseen_clipart(clipart: list[Picture], train: list[Picture]) -> list[Pi
 
 def split_pictures(emoji: list[Picture], clipart: list[Picture]) -> tuple[list[Picture], list[Split]]:
     """(training pictures, held-out splits)."""
-    unseen = draw_unseen_concepts(emoji)
+    families = draw_concepts(emoji, concepts_without_family(emoji), NUM_UNSEEN_FAMILIES)
+    concepts = draw_concepts(emoji, {picture.concept for picture in emoji} - families, NUM_UNSEEN_CONCEPTS)
     emoji_classes = {"subgroup": attrgetter("subgroup"), "group": attrgetter("group")}
     unseen_concept = Split(
         "unseen_concept",
-        f"{NUM_UNSEEN_CONCEPTS} emoji that no training shard shows, as drawn by every vendor",
-        [picture for picture in emoji if picture.concept in unseen],
+        f"{NUM_UNSEEN_CONCEPTS} emoji that no training shard shows, as drawn by every vendor; kin of theirs may be there",
+        [picture for picture in emoji if picture.concept in concepts],
         emoji_classes,
         EMOJI_TEMPLATES,
     )
-    seen = [picture for picture in emoji if picture.concept not in unseen]
+    unseen_family = Split(
+        "unseen_family",
+        f"{NUM_UNSEEN_FAMILIES} emoji of which no training shard shows even kin, by name or looks, as drawn by every vendor",
+        [picture for picture in emoji if picture.concept in families],
+        emoji_classes,
+        EMOJI_TEMPLATES,
+    )
+    seen = [picture for picture in emoji if picture.concept not in concepts | families]
     unseen_vendor = Split(
         "unseen_vendor",
         f"the emoji of {UNSEEN_VENDOR}, a drawing style that no training shard shows",
@@ -119,7 +127,7 @@ def split_pictures(emoji: list[Picture], clipart: list[Picture]) -> tuple[list[P
         emoji_classes,
         EMOJI_TEMPLATES,
     )
-    seen_clipart = without_unseen(clipart, unseen_concept.pictures)
+    seen_clipart = without_unseen(clipart, unseen_concept.pictures + unseen_family.pictures)
     pool = [picture for picture in seen if picture.source != UNSEEN_VENDOR] + seen_clipart
     held_out = draw_unseen_clipart(seen_clipart, pool)
     unseen_clipart = Split(
@@ -131,4 +139,4 @@ def split_pictures(emoji: list[Picture], clipart: list[Picture]) -> tuple[list[P
     )
     held_out_paths = {picture.path for picture in held_out}
     train = [picture for picture in pool if not picture.path or picture.path not in held_out_paths]
-    return train, [unseen_vendor, unseen_concept, unseen_clipart]
+    return train, [unseen_vendor, unseen_concept, unseen_family, unseen_clipart]
