@@ -5,11 +5,10 @@ OVERRIDES ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
-export WANDB_MODE ?= offline
 
 RUN := runs/demo$(if $(filter-out 1,$(RANKS)),-$(RANKS)-ranks)
 
-.PHONY: demo test test-slow test-gpu lint figures clean help
+.PHONY: demo test test-slow test-gpu lint clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +37,7 @@ clean:  ## remove the virtual environment and the demo's runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12" if not (3, 11) <= sys.version_info < (3, 13) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is missing: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scaleclip.distributed import World, barrier, gather_objects, raise_together
 from scaleclip.errors import ConfigError, RunError
-from scaleclip.run_folder import write_atomic
+from scaleclip.files import write_atomic
 
 if TYPE_CHECKING:  # engine.py imports deepspeed, after telling it which accelerator there is
     from deepspeed import DeepSpeedEngine
@@ -57,16 +57,12 @@ def save(engine: "DeepSpeedEngine", folder: Path, state: TrainState, world: Worl
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
-    error: Exception | None = None
-    try:
-        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        if world.is_main:
-            (partial / _STATE).write_text(json.dumps(asdict(state), indent=2))
-    except (OSError, RuntimeError) as caught:
-        error = caught
-    error = error or _publish(partial, final, world)
+    engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
+    error: Exception | None = engine.checkpoint_engine.take_error()
+    error = _publish(partial, final, state, world, error)
     if error is not None and world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
+    if error is not None:
         intact = [path.name for path in saved(folder)]
         error = RunError(
             f"cannot save {final}: {error}; free some disk and start again: "
@@ -74,9 +70,8 @@ def save(engine: "DeepSpeedEngine", folder: Path, state: TrainState, world: Worl
         )
     raise_together(error)
     if world.is_main:
-        write_atomic(root / "latest", final.name)
         for old in saved(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     barrier()
 
 
@@ -94,7 +89,7 @@ def find(folder: Path, world: World) -> Path | None:
     error: Exception | None = None
     if world.is_main:
         for partial in (folder / "checkpoints").glob(f"{_PARTIAL}*"):
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
         candidates = saved(folder)
         for path in reversed(candidates):
             fault = damage(path)
@@ -121,7 +116,9 @@ def load(engine: "DeepSpeedEngine", path: Path, world: World, zero_stage: int) -
             f"{path} was saved by {state.world_size} ranks with train.zero_stage={zero_stage}, this start has {world.size}: "
             f"start with {state.world_size} ranks, or in another run.folder"
         )
-    engine.load_checkpoint(str(path.parent), tag=path.name)
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise RunError(f"DeepSpeed found nothing to load in {path}, whose checksums hold: was it written by another version?")
     state.world_size = world.size
     return state
 
@@ -166,17 +163,26 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _publish(partial: Path, final: Path, world: World) -> Exception | None:
-    """Flush and checksum the files, each rank its share, then give the folder its final name."""
-    error: Exception | None = None
+def _publish(partial: Path, final: Path, state: TrainState, world: World, error: Exception | None) -> Exception | None:
+    """Add the state, flush and checksum the files, each rank its share, then give the folder its final name.
+
+    `error` is what writing DeepSpeed's files met on this rank. Every rank takes part in every collective, errors or not.
+    """
+    names: list[str] = []
+    if world.is_main and error is None:
+        try:
+            (partial / _STATE).write_text(json.dumps(asdict(state), indent=2))
+            names = sorted(path.name for path in partial.iterdir())
+        except OSError as caught:
+            error = caught
+    names = gather_objects(names)[0]
     digests: dict[str, str] = {}
-    barrier()
     try:
-        for path in sorted(partial.iterdir())[world.rank :: world.size]:
-            _flush(path)
-            digests[path.name] = _digest(path)
+        for name in names[world.rank :: world.size]:
+            _flush(partial / name)
+            digests[name] = _digest(partial / name)
     except OSError as caught:
-        error = caught
+        error = error or caught
     every = gather_objects((digests, error is None))
     if world.is_main and all(fine for _, fine in every):
         try:
@@ -185,12 +191,23 @@ def _publish(partial: Path, final: Path, world: World) -> Exception | None:
             _flush(partial / _CHECKSUMS)
             _flush(partial)
             if final.exists():  # only a damaged one is ever written again
-                shutil.rmtree(final)
+                _remove(final)
             os.rename(partial, final)
             _flush(final.parent)
+            write_atomic(final.parent / "latest", final.name)
         except OSError as caught:
             error = caught
     return error
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; under its final name it is whole up to the last moment. What stays behind is a warning."""
+    doomed = path.with_name(f"{_PARTIAL}removed-{path.name}")
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("%s cannot be deleted: %s", path, error)
 
 
 def _flush(path: Path) -> None:

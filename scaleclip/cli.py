@@ -1,8 +1,12 @@
 """The command `scaleclip`. Imports inside the commands: `scaleclip --help` answers before torch would have loaded."""
 
+import ctypes
+import logging
 import os
 import shutil
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +21,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 DEMO_CONFIG = "package:scaleclip/configs/demo.yaml"
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
@@ -24,7 +30,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Ranks = Annotated[int, typer.Option(help="Processes to start on this machine; srun and torchrun bring their own.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this machine; srun and torchrun bring their own.")]
 
 
 @app.command()
@@ -67,6 +73,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run's newest checkpoint on held-out splits and print the table."""
+    import torch
     from rich.console import Console
 
     from scaleclip import checkpoint
@@ -82,7 +89,8 @@ def evaluate(
     newest = checkpoint.newest(run)
     if newest is None:
         raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
-    model = DualEncoder(config.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DualEncoder(config.model).to(device)
     model.load_state_dict(checkpoint.load_weights(newest))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
     figures = run_evaluation(model, tokenizer, open_splits(split or config.eval.splits), config)
@@ -123,11 +131,13 @@ def index(
     """Count the samples of shards into a manifest, for shards without img2dataset's stats files."""
     from rich.progress import track
 
-    from scaleclip.data.manifest import expand_shards, write_manifest
+    from scaleclip.data.manifest import expand_shards, load_manifest, write_manifest
 
     paths = expand_shards(shards)
-    manifest = write_manifest(track(paths, "indexing"), out)
-    typer.echo(f"{out}: {manifest.num_samples:,} samples in {len(paths):,} shards; set data.manifest={out}")
+    for shard in write_manifest(track(paths, "indexing"), out):
+        typer.echo(f"warning: {shard} is cut off: only its whole samples are counted", err=True)
+    num_samples = load_manifest(shards, str(out)).num_samples
+    typer.echo(f"{out}: {num_samples:,} samples in {len(paths):,} shards; set data.manifest={out}")
 
 
 def main() -> None:
@@ -143,19 +153,27 @@ def main() -> None:
     except Stopped as stop:
         _fail(stop, stop.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _fail("interrupted", 130)
+    except Exception:
+        message = traceback.format_exc()
+        logging.getLogger("scaleclip").error(message)  # into the rank's log
+        _fail(message, 1)
 
 
-def _fail(error: Exception, code: int) -> None:
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+def _fail(error: Exception | str, code: int) -> None:
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("RANK", "0")) else ""
     print(f"{rank}{error}", file=sys.stderr, flush=True)
     # loader processes and the process group may wait for each other at the interpreter's end
     os._exit(code)
 
 
 def _start_ranks(ranks: int) -> None:
-    """Become torchrun, with this command on every rank."""
-    if ranks > 1 and "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+    """Become torchrun, with this command on every rank; a rank of torchrun's ends when torchrun is killed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    launched = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    if ranks > 1 and not launched:
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         os.execv(sys.executable, [*torchrun, "-m", "scaleclip", *sys.argv[1:]])
 

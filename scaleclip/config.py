@@ -107,9 +107,9 @@ class ModelConfig(Section):
     """The image tower."""
     text: TextTowerConfig = TextTowerConfig()
     """The text tower."""
-    init_logit_scale: float = Field(default=1 / 0.07, gt=0)
+    init_logit_scale: float = Field(default=1 / 0.07, ge=1)
     """Multiplier of the cosine similarities at the start; its logarithm is learned."""
-    max_logit_scale: float = Field(default=100.0, gt=0)
+    max_logit_scale: float = Field(default=100.0, ge=1)
     """Upper bound of the multiplier, enforced after every optimizer step (CLIP, arXiv:2103.00020)."""
     init_logit_bias: float | None = None
     """Start value of a learned bias added to every logit (SigLIP, arXiv:2303.15343); none if unset."""
@@ -146,8 +146,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     global_batch: int = Field(default=32_768, ge=1)
     """Image-text pairs per optimizer step, over all ranks."""
-    samples: int = Field(default=1, ge=1)
-    """Pairs to train on, repeats included; the run takes ceil(samples / global_batch) steps."""
+    samples: int = Field(default=0, ge=0)
+    """Pairs to train on, repeats included; the run takes ceil(samples / global_batch) steps. Must be set."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the towers. Master weights, accumulated gradients, the loss and the logit scale are fp32 in both."""
     zero_stage: Literal[0, 1] = 1
@@ -168,7 +168,7 @@ class CheckpointConfig(Section):
 
 class MetricsConfig(Section):
     log_every_steps: int = Field(default=10, ge=1)
-    """Optimizer steps between rows of metrics.jsonl; the device is synchronised only there."""
+    """Optimizer steps between rows of metrics.jsonl; only there is the device synchronised and a stop signal acted on."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases mode."""
     wandb_project: str = "scaleclip"
@@ -209,8 +209,17 @@ class RunConfig(Section):
 
 # What may differ between the two halves of an interrupted run: none of these changes a single update.
 FREE_ON_RESUME = (
-    "run.folder", "data.workers", "data.prefetch_batches", "data.max_invalid_fraction", "checkpoint", "metrics", "eval",
-)  # fmt: skip
+    "run.folder",
+    # the manifest's fingerprint says whether these are the same shards in another place
+    "data.shards",
+    "data.manifest",
+    "data.workers",
+    "data.prefetch_batches",
+    "data.max_invalid_fraction",
+    "checkpoint",
+    "metrics",
+    "eval",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -286,6 +295,8 @@ def validate(config: RunConfig, world_size: int) -> None:
         raise ConfigError("data.shards is empty: name at least one tar shard, glob or brace range")
     if not data.texts:
         raise ConfigError("data.texts is empty: name at least one text, for example data.texts=caption")
+    if not train.samples:
+        raise ConfigError("train.samples is not set: say how many pairs to train on, for example train.samples=12_800_000_000")
     if train.global_batch % data.canonical_streams:
         raise ConfigError(
             f"train.global_batch={train.global_batch} is not a multiple of data.canonical_streams={data.canonical_streams}: "
@@ -326,7 +337,10 @@ def resolve_path(path: str) -> str:
     if not path.startswith(PACKAGE_SCHEME):
         return str(Path(path).expanduser())
     package, _, rest = path.removeprefix(PACKAGE_SCHEME).partition("/")
-    return str(importlib.resources.files(package).joinpath(rest))
+    try:
+        return str(importlib.resources.files(package).joinpath(rest))
+    except ModuleNotFoundError:
+        raise ConfigError(f"{path}: there is no installed package {package!r}") from None
 
 
 def _presets() -> dict[str, dict[str, Any]]:

@@ -1,19 +1,20 @@
 """Ranks: who they are (torchrun, srun or a single process), their process group, and what all of them agree on."""
 
+import contextlib
 import datetime
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from scaleclip.errors import ConfigError, RunError
 
-_TIMEOUT = datetime.timedelta(minutes=10)
+# longer than an evaluation on rank 0, which the others wait for
+_TIMEOUT = datetime.timedelta(minutes=30)
 # ports below the usual ephemeral range, one for each of the last 10,000 jobs of a cluster
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
@@ -41,6 +42,9 @@ def init() -> World:
     """
     rank, size, local_rank = _ranks()
     cuda = torch.cuda.is_available()
+    if cuda and "SLURM_STEP_ID" in os.environ and torch.cuda.device_count() == 1:
+        # srun --gpus-per-task=1 shows each task its own GPU only
+        local_rank = 0
     if cuda and local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one rank a GPU at most"
@@ -51,7 +55,7 @@ def init() -> World:
     if not dist.is_initialized():
         # deepspeed reads these as well
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
-        store = HashStore() if size == 1 else None
+        store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
         placed: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store else {"init_method": "env://"}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **placed)
     return World(rank, size, local_rank, device)
@@ -68,13 +72,6 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor([int(flag)])
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
-
-
-def total(values: Sequence[float]) -> list[float]:
-    """Element-wise sum over ranks of a few numbers, on the CPU; every rank must call with as many."""
-    summed = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(summed)
-    return [float(value) for value in summed]
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -102,16 +99,25 @@ def raise_together(error: Exception | None) -> None:
             raise RunError(f"rank {rank} failed: {message}")
 
 
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What every rank does inside succeeds on all or raises on all (see `raise_together`). No collectives inside."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+
+
 def _ranks() -> tuple[int, int, int]:
     """(rank, world size, local rank)."""
     env = os.environ
     # The batch shell has SLURM_PROCID=0 and SLURM_NTASKS too; only a task that srun started has a step.
     if "SLURM_STEP_NUM_TASKS" in env and "RANK" not in env:
         rank, size, local_rank = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        ).stdout.split()
-        env.setdefault("MASTER_ADDR", nodes[0])
+        if size > 1 and "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(_FIRST_PORT + int(env["SLURM_JOB_ID"]) % _NUM_PORTS))
         return rank, size, local_rank
     if "RANK" not in env:
@@ -122,3 +128,12 @@ def _ranks() -> tuple[int, int, int]:
             f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start ranks with torchrun or srun, or unset RANK"
         )
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+
+
+def _first_host(nodes: str) -> str:
+    """First host of SLURM's compressed list, `node[03-07,11]`."""
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"the first host of {nodes} is unknown ({error}): set MASTER_ADDR to it") from None
+    return listed.stdout.split()[0]

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 deepspeed.logger.setLevel("WARNING")
 # A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
@@ -51,6 +52,27 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+class DeferredErrors(TorchCheckpointEngine):  # type: ignore[misc]
+    """Writes DeepSpeed's checkpoint files, keeping an error for later: raised inside `save_checkpoint` it would leave the
+    other ranks in the barrier at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._error: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file, or remember why not."""
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self._error = error
+
+    def take_error(self) -> Exception | None:
+        """The last error since this was asked."""
+        error, self._error = self._error, None
+        return error
+
+
 def build_engine(config: RunConfig, model: DualEncoder, world: World) -> DeepSpeedEngine:
     """The model and its AdamW under ZeRO; the process group must be up (scaleclip.distributed.init)."""
     model.to(world.device)
@@ -60,6 +82,9 @@ def build_engine(config: RunConfig, model: DualEncoder, world: World) -> DeepSpe
         config=deepspeed_config(config, world.size),
         dist_init_required=False,
     )
+    engine.checkpoint_engine = DeferredErrors()
+    # DeepSpeed's conversion scripts, copied beside every checkpoint: not wanted, and another way to fail on a full disk
+    engine._copy_recovery_script = lambda save_path: None
     return engine
 
 

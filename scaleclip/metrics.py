@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scaleclip.config import MetricsConfig
+from scaleclip.errors import RunError
 from scaleclip.evaluation.results import Figure
-from scaleclip.run_folder import wandb_id, write_atomic
+from scaleclip.files import write_atomic
+from scaleclip.run_folder import wandb_id
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets.
 _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "MI300X": 1307}
@@ -151,8 +153,13 @@ def _open_dropping_lost(path: Path, step: int) -> TextIO:
 
 
 def _append(file: TextIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise RunError(
+            f"cannot write {file.name}: {error.strerror}; free some disk and start again: the run goes on from its last checkpoint"
+        ) from None
 
 
 def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any]) -> Any:

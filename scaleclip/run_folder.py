@@ -3,6 +3,7 @@
 config.yaml (resolved), provenance.json, metrics.jsonl, log/<start>/<rank>.log, checkpoints/, latest, results.json.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -12,29 +13,32 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from rich.logging import RichHandler
 
 from scaleclip.config import RunConfig, differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
+from scaleclip.files import write_atomic
 
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
 
-def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str) -> Path:
+def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str) -> TextIO:
     """Make the run's folder, or check that the one there belongs to the same run, and note this start in it. Rank 0 only.
 
+    Returns a lock: while it is open no other process opens the run.
+
     Raises:
-        ConfigError: the folder cannot be written, or holds a run with another configuration or other data.
+        ConfigError: the folder cannot be written, is in use, or holds a run with another configuration or other data.
     """
     folder = Path(config.run.folder)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
         starts = _check_same_run(folder, config, manifest_fingerprint)
         write_atomic(folder / "config.yaml", to_yaml(config))
         starts.append(_this_start(world_size, manifest_fingerprint))
@@ -44,7 +48,7 @@ def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str) -> P
             f"run.folder={config.run.folder}: cannot be written: {error.strerror}; free the disk, mend its rights or name "
             f"another folder"
         ) from None
-    return folder
+    return held
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -58,6 +62,8 @@ def read_config(folder: Path) -> RunConfig:
         return parse_config(yaml.safe_load(path.read_text()))
     except OSError as error:
         raise ConfigError(f"{folder} is no run folder: {path.name} cannot be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}, written by another version?\n{error}") from None
 
 
 def wandb_id(folder: Path) -> str:
@@ -66,22 +72,39 @@ def wandb_id(folder: Path) -> str:
     return str(starts[0]["id"])
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a start after a crash, sees the old text or the new one, whole."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+def lock(folder: Path) -> TextIO:
+    """Keep other processes out of the run's folder for as long as the returned file is open. Rank 0 only.
+
+    Raises:
+        ConfigError: another run has held it for ten seconds, longer than a killed one needs to end.
+    """
+    file = (folder / ".lock").open("a+")
+    deadline = time.monotonic() + 10
+    while True:
         try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise ConfigError(
+                    f"run.folder={folder} is being written by another run ({file.read().strip()}): wait for it, stop it, or "
+                    f"name another folder"
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
-def log_to(folder: Path, rank: int) -> logging.Logger:
-    """The logger of this rank: warnings and news on rank 0's terminal, everything in the rank's file."""
-    start = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+def start_name() -> str:
+    """Name of this start among the run's: SLURM's job, else the time."""
+    return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+
+
+def log_to(folder: Path, rank: int, start: str) -> logging.Logger:
+    """The logger of this rank: news and warnings on rank 0's terminal, everything in log/<start>/<rank>.log."""
     path = folder / "log" / start / f"{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("scaleclip")
@@ -99,6 +122,11 @@ def log_to(folder: Path, rank: int) -> logging.Logger:
 def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) -> list[dict[str, Any]]:
     """The starts so far; none for a new folder."""
     if not (folder / "config.yaml").exists() or not (folder / "provenance.json").exists():
+        if any((folder / "checkpoints").glob("step_*")):
+            raise ConfigError(
+                f"run.folder={folder} has checkpoints, but no config.yaml and provenance.json to say of what: "
+                f"restore them, or name another folder"
+            )
         return []
     differing = differing_keys(read_config(folder), config)
     if differing:

@@ -13,7 +13,7 @@ from scaleclip import checkpoint, distributed
 from scaleclip.checkpoint import TrainState
 from scaleclip.config import RunConfig, validate
 from scaleclip.data.loader import Batch, TrainDataset, train_batches
-from scaleclip.data.manifest import load_manifest
+from scaleclip.data.manifest import Manifest, load_manifest
 from scaleclip.data.order import hash64
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.distributed import World
@@ -29,7 +29,7 @@ from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.flops import forward_flops
 from scaleclip.models.towers import check_tokenizer
 from scaleclip.optim import set_learning_rate
-from scaleclip.run_folder import log_to, open_run
+from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.schedule import learning_rate
 
 
@@ -45,17 +45,21 @@ def train(config: RunConfig) -> Path:
     """
     world = distributed.init()
     validate(config, world.size)
-    manifest = load_manifest(config.data.shards, config.data.manifest)
-    splits = open_splits(config.eval.splits)
-    tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-    check_tokenizer(config.model.text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
-    dataset = TrainDataset(config, manifest, tokenizer, world.rank, world.size)
+    with distributed.all_or_none():
+        manifest = load_manifest(config.data.shards, config.data.manifest)
+        splits = open_splits(config.eval.splits)
+        tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
+        check_tokenizer(config.model.text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+        dataset = TrainDataset(config, manifest, tokenizer, world.rank, world.size)
+    _check_same_shards(manifest)
 
-    folder = _open_together(config, world, manifest.fingerprint)
-    log = log_to(folder, world.rank)
-    if finished_step(folder) == config.train.steps:
+    folder = Path(config.run.folder)
+    with distributed.all_or_none():
+        held = open_run(config, world.size, manifest.fingerprint) if world.is_main else None
+    start, finished = distributed.gather_objects((start_name(), finished_step(folder) == config.train.steps))[0]
+    log = log_to(folder, world.rank, start)
+    if finished:
         log.info(f"{folder} is finished: nothing to do")
-        distributed.barrier()
         distributed.shutdown()
         return folder
     share = -(-config.train.global_batch // world.size)
@@ -76,9 +80,13 @@ def train(config: RunConfig) -> Path:
         log.info(f"going on from {resumed}")
 
     steps = config.train.steps
-    metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps) if world.is_main else None
-    peak = peak_tflops(world.device)
+    # loader processes first: a fork must not copy the locks of the progress bar's and wandb's threads
     batches = train_batches(dataset, state.step, steps, config, pin_memory=world.device.type == "cuda")
+    metrics: Metrics | None = None
+    with distributed.all_or_none():
+        if world.is_main:
+            metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
+    peak = peak_tflops(world.device)
     faults: Counter[str] = Counter()
     interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
     model.train()
@@ -114,58 +122,60 @@ def train(config: RunConfig) -> Path:
                 interval_s = time.perf_counter() - interval_start
                 state.train_s += interval_s
                 signals = _exchange(faults, stop, state)
-                _check_health(loss_now, state, config)
-                if metrics:
-                    tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
-                    metrics.write(
-                        Row(
-                            step=state.step,
-                            samples=state.samples,
-                            epoch=state.samples / manifest.num_samples,
-                            loss=loss_now,
-                            lr=lr,
-                            logit_scale=features.logit_scale.item(),
-                            grad_norm=grad_norm.item(),
-                            pairs_per_s=config.train.global_batch * (state.step - logged_step) / interval_s,
-                            tflops=tflops,
-                            mfu=None if peak is None else tflops / peak,
-                            data_wait=wait_s / interval_s,
-                            memory_gib=peak_memory_gib(world.device),
-                            invalid=state.faults,
-                            world_size=world.size,
-                            train_s=state.train_s,
+                _check_health(loss_now, grad_norm.item(), state, config)
+                tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
+                with distributed.all_or_none():
+                    if metrics:
+                        metrics.write(
+                            Row(
+                                step=state.step,
+                                samples=state.samples,
+                                epoch=state.samples / manifest.num_samples,
+                                loss=loss_now,
+                                lr=lr,
+                                logit_scale=features.logit_scale.item(),
+                                grad_norm=grad_norm.item(),
+                                pairs_per_s=config.train.global_batch * (state.step - logged_step) / interval_s,
+                                tflops=tflops,
+                                mfu=None if peak is None else tflops / peak,
+                                data_wait=wait_s / interval_s,
+                                memory_gib=peak_memory_gib(world.device),
+                                invalid=state.faults,
+                                world_size=world.size,
+                                train_s=state.train_s,
+                            )
                         )
-                    )
                 if save_now or signals:
                     checkpoint.save(engine, folder, state, world, config.checkpoint.keep)
                 if signals and not last:
                     raise Stopped(signals, state.step)
-                if evaluate_now and metrics:
-                    metrics.write_figures(state.step, evaluate(model, tokenizer, splits, config))
+                with distributed.all_or_none():
+                    if evaluate_now and metrics:
+                        metrics.write_figures(state.step, evaluate(model, tokenizer, splits, config))
                 interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
-        if metrics:
-            figures = evaluate(model, tokenizer, splits, config)
-            metrics.write_figures(state.step, figures)
-            # the last thing that a run writes
-            write_results(folder, state.step, figures)
-        distributed.barrier()
+        with distributed.all_or_none():
+            if metrics:
+                figures = evaluate(model, tokenizer, splits, config)
+                metrics.write_figures(state.step, figures)
+                # the last thing that a run writes
+                write_results(folder, state.step, figures)
     finally:
         if metrics:
             metrics.close()
+        if held:
+            held.close()
     distributed.shutdown()
     return folder
 
 
-def _open_together(config: RunConfig, world: World, manifest_fingerprint: str) -> Path:
-    """The run's folder, opened by rank 0; an error there is an error everywhere."""
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            open_run(config, world.size, manifest_fingerprint)
-        except ConfigError as caught:
-            error = caught
-    distributed.raise_together(error)
-    return Path(config.run.folder)
+def _check_same_shards(manifest: Manifest) -> None:
+    fingerprints = distributed.gather_objects(manifest.fingerprint)
+    strange = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    if strange:
+        raise ConfigError(
+            f"data.shards names other shards, or other sample counts, on ranks {strange} than on rank 0: "
+            f"let all nodes see the same files"
+        )
 
 
 def _to_device(part: Tensor | tuple[Tensor, ...], world: World) -> Any:
@@ -184,12 +194,13 @@ def _exchange(faults: Counter[str], stop: StopSignal, state: TrainState) -> int:
     return max(int(received) for _, received in every)
 
 
-def _check_health(loss: float, state: TrainState, config: RunConfig) -> None:
-    """Raise, on every rank alike, when going on would waste the run or harm it."""
-    if not math.isfinite(loss):
+def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig) -> None:
+    """Raise, on every rank alike, when going on would waste the run or save what is spoilt."""
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise RunError(
-            f"the loss is {loss} at step {state.step}, first seen within the last {config.metrics.log_every_steps} steps; "
-            f"checkpoints are from before. A lower optim.lr, a longer optim.warmup_samples or train.precision=fp32 may help"
+            f"at step {state.step} the loss is {loss} and the gradients' norm {grad_norm}; it began within the last "
+            f"{config.metrics.log_every_steps} steps, and checkpoints are from before. Start another run.folder with a lower "
+            f"optim.lr, a longer optim.warmup_samples or train.precision=fp32"
         )
     bad = sum(state.faults.values())
     if bad > config.data.max_invalid_fraction * state.samples:

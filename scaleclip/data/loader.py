@@ -29,6 +29,9 @@ from scaleclip.data.webdataset import Sample, SampleError, TarReader
 _AUGMENT, _PATCHES = 0, 1
 
 
+_GRACE_S = 60
+
+
 class Batch(NamedTuple):
     """A rank's share of a global batch: B slots, in the global batch's order."""
 
@@ -115,7 +118,7 @@ def train_batches(dataset: TrainDataset, first: int, last: int, config: RunConfi
 
 def _concept_id(name: str) -> int:
     """A string as 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()) >> 1
 
 
 def _as_is(batch: Any) -> Any:
@@ -124,7 +127,9 @@ def _as_is(batch: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     # Signals that stop a run are for the training process; srun and a terminal send them to its children too.
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(stop, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # time for the training process to save; then the alarm ends a worker that nobody needs any more
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

@@ -4,7 +4,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from scaleclip.config import resolve_path
 from scaleclip.data.index import index_tar
 from scaleclip.errors import ConfigError
+from scaleclip.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,23 @@ def load_manifest(patterns: Sequence[str], manifest: str | None) -> Manifest:
         raise ConfigError(f"data.manifest={manifest}: is no manifest of `scaleclip data index`: {error}") from None
 
 
-def write_manifest(shards: Iterable[str], path: Path) -> Manifest:
-    """Count the samples of every shard by reading its headers and write the result to `path` in one step."""
+def write_manifest(shards: Iterable[str], path: Path) -> list[str]:
+    """Count the samples of every shard by reading its headers and write the result to `path` in one step.
+
+    Returns the shards that are cut off; their whole samples are counted.
+    """
     counts: dict[str, int] = {}
-    paths = []
+    truncated = []
     for shard in shards:
         name = Path(shard).name
         if name in counts:
             raise ConfigError(f"two shards are called {name}: a manifest names shards by their file name, so rename one")
-        counts[name] = len(index_tar(shard).samples)
-        paths.append(shard)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({"counts": counts}, file, indent=0)
-    os.replace(file.name, path)
-    return Manifest(tuple(paths), tuple(counts.values()))
+        index = index_tar(shard)
+        counts[name] = len(index)
+        if index.truncated:
+            truncated.append(shard)
+    write_atomic(path, json.dumps({"counts": counts}, indent=0))
+    return truncated
 
 
 def _matches(path: str) -> list[str]:

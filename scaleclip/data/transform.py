@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -16,6 +17,10 @@ from scaleclip.data.webdataset import SampleError
 
 # tried in this order, so the usual ones come first
 _FORMATS = ("WEBP", "PNG", "JPEG", "GIF", "BMP", "TIFF")
+
+
+# where PIL sees a decompression bomb, for JPEG as well
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 
 class Crop(NamedTuple):
@@ -36,11 +41,15 @@ def decode(image: bytes) -> Tensor:
     """
     try:
         if image[:3] == b"\xff\xd8\xff":
+            height, width, *_ = simplejpeg.decode_jpeg_header(image)
+            if height * width > _MAX_PIXELS:
+                raise ValueError(f"{height} x {width} pixels")
             return torch.from_numpy(simplejpeg.decode_jpeg(image)).permute(2, 0, 1)
         with Image.open(io.BytesIO(image), formats=_FORMATS) as picture:
-            return torch.from_numpy(np.array(_rgb(picture))).permute(2, 0, 1)
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError("undecodable_image", str(error)) from None
+            return torch.from_numpy(_rgb(picture)).permute(2, 0, 1)
+    # a broken file makes the decoders raise nearly anything: OSError, SyntaxError, TypeError, struct.error, zlib.error
+    except Exception as error:
+        raise SampleError("undecodable_image", f"{type(error).__name__}: {error}") from None
 
 
 def random_crop(height: int, width: int, config: DataConfig, random: np.random.Generator) -> Crop:
@@ -70,9 +79,11 @@ def cut(image: Tensor, crop: Crop, size: int) -> Tensor:
     return image.flip(2) if crop.flip else image
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, not scale them
+        grey = (np.array(picture) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scaleclip.run_folder import write_atomic
+from scaleclip.files import write_atomic
 
 
 class Figure(NamedTuple):

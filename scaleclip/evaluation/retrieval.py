@@ -21,7 +21,8 @@ def recall_at_k(query_QE: Tensor, gallery_GE: Tensor, query_concept_Q: Tensor, g
         similarity = query_QE[start : start + _BLOCK] @ gallery_GE.T
         matches = query_concept_Q[start : start + _BLOCK, None] == gallery_concept_G
         best_match = similarity.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
-        before = ((similarity >= best_match) & ~matches).sum(dim=1)
+        # not "at least as similar": a comparison with NaN is false, and NaN must find nothing
+        before = (~(similarity < best_match) & ~matches).sum(dim=1)
         hits += torch.stack([(before < k).sum() for k in RANKS])
     return {k: float(hits[i]) / len(query_QE) for i, k in enumerate(RANKS)}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from scaleclip.config import Section, resolve_path
 from scaleclip.data.manifest import Manifest, load_manifest
 from scaleclip.data.transform import centre_crop, cut, decode
-from scaleclip.data.webdataset import TarReader
-from scaleclip.errors import ConfigError
+from scaleclip.data.webdataset import SampleError, TarReader
+from scaleclip.errors import ConfigError, RunError
 
 
 class GalleryText(Section):
@@ -57,18 +57,29 @@ class SplitData:
             self.split = Split.model_validate(json.loads(path.read_text()))
         except (OSError, ValueError, ValidationError) as error:
             raise ConfigError(f"eval.splits: {path} cannot be read as a split: {error}") from None
+        strange = set(self.split.concepts.values()) - {entry.concept for entry in self.split.gallery}
+        if strange:
+            raise ConfigError(f"eval.splits: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
         self.manifest: Manifest = load_manifest([f"{path.with_suffix('')}-*.tar"], None)
 
     def images(self, size: int, batch: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order. A bad image is an error here:
-        figures over a part of a split would not be comparable."""
+        """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order.
+
+        Raises:
+            RunError: an image cannot be used; figures over a part of a split would not be comparable.
+        """
         read = TarReader(self.manifest)
         keys: list[str] = []
         pixels: list[Tensor] = []
         for shard, count in enumerate(self.manifest.counts):
             for index in range(count):
-                sample = read(shard, index)
-                image = decode(sample.image)
+                try:
+                    sample = read(shard, index)
+                    image = decode(sample.image)
+                except SampleError as error:
+                    raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
+                if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
+                    raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
                 keys.append(sample.key)
                 pixels.append(cut(image, centre_crop(*image.shape[1:]), size))
                 if len(keys) == batch:

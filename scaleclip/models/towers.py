@@ -61,12 +61,13 @@ class ImageTower(nn.Module):
 
     def _pool(self, outputs: Any) -> Tensor:
         if self.pooling == "pooler":
-            if outputs.pooler_output is None:
+            pooled = outputs.get("pooler_output")
+            if pooled is None:
                 raise ConfigError(f"model.image.pooling=pooler: {self.body.config.model_type} has none; use mean or cls")
-            return cast(Tensor, outputs.pooler_output.flatten(1))  # some poolers keep [B, D, 1, 1]
+            return cast(Tensor, pooled.flatten(1))  # some poolers keep [B, D, 1, 1]
         states = outputs.last_hidden_state
         if self.pooling == "cls":
-            if states.dim() != 3:
+            if states.dim() != 3 or self.body.config.model_type == "siglip_vision_model":
                 raise ConfigError(f"model.image.pooling=cls: {self.body.config.model_type} has no class token; use mean")
             return cast(Tensor, states[:, 0])
         if states.dim() == 4:
@@ -80,7 +81,7 @@ class ImageTower(nn.Module):
         self.eval()
         try:
             pooled_BD = functional_call(self, weights, (torch.empty(1, 3, size, size, device="meta"),))
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             kind = self.body.config.model_type
             raise ConfigError(f"model.image: {kind} does not run on {size} x {size} pixels: {error}") from error
         self.train()
@@ -146,6 +147,8 @@ def build_text_tower(config: TextTowerConfig, checkpointing: bool) -> TextTower:
 def check_tokenizer(config: TextTowerConfig, size: int, end_id: int, pad_id: int) -> None:
     """Raise ConfigError unless the text tower's numbers fit a tokenizer's (`size` tokens, ids of end and padding)."""
     values = _transformers_config("model.text", config.type, config.config, {})
+    if not hasattr(values, "vocab_size"):
+        raise ConfigError(f"model.text.type={config.type} has no vocabulary: it is no text tower")
     if size > values.vocab_size:
         raise ConfigError(
             f"model.text.config.vocab_size={values.vocab_size} is below the {size} tokens of "

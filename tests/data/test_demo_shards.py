@@ -15,8 +15,18 @@ from PIL import Image
 DEMO = Path(__file__).parents[2] / "scaleclip" / "data" / "demo"
 SHARDS = sorted(DEMO.glob("*/*.tar"))
 SPLITS = ("unseen_vendor", "unseen_concept", "unseen_family", "unseen_clipart")
-NUM_IMAGES = {"unseen_concept": range(600, 1001), "unseen_family": range(300, 501), "unseen_vendor": range(1300, 1600), "unseen_clipart": range(500, 501)}
-NUM_TEXTS = {"unseen_concept": range(200, 201), "unseen_family": range(100, 101), "unseen_vendor": range(1300, 1600), "unseen_clipart": range(500, 501)}
+NUM_IMAGES = {
+    "unseen_concept": range(600, 1001),
+    "unseen_family": range(300, 501),
+    "unseen_vendor": range(1300, 1600),
+    "unseen_clipart": range(500, 501),
+}
+NUM_TEXTS = {
+    "unseen_concept": range(200, 201),
+    "unseen_family": range(100, 101),
+    "unseen_vendor": range(1300, 1600),
+    "unseen_clipart": range(500, 501),
+}
 NEAR_DUPLICATE = 6.0
 
 

@@ -96,15 +96,18 @@ BAD = {
     "empty_caption": {"txt": b"  \n"},
     "bad_json": {"json": b"{"},
     "no_image": {"jpg": None},
+    "bad_json ": {"json": b'{"captions": {"name": ["a", "b"]}}'},
+    "undecodable_image ": {"jpg": b"II*\0" + bytes(range(60))},
 }
 
 
-@pytest.mark.parametrize("cause", BAD)
+@pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_stays_in_its_place_and_is_counted(tiny_config, shards, cause, workers):
+def test_a_bad_sample_stays_in_its_place_and_is_counted(tiny_config, shards, case, workers):
+    cause = case.strip()
     _, whole = open_dataset(tiny_config)
     expected = [whole[b] for b in range(4)]
-    write_tar(shards / "00001.tar", [make_sample(i, **(BAD[cause] if i == 11 else {})) for i in range(9, 13)])
+    write_tar(shards / "00001.tar", [make_sample(i, **(BAD[case] if i == 11 else {})) for i in range(9, 13)])
     config, dataset = open_dataset(tiny_config, [f"data.workers={workers}"])
     batches = list(train_batches(dataset, 0, 4, config, pin_memory=False))
     for batch, good in zip(batches, expected, strict=True):
@@ -119,25 +122,37 @@ def test_a_bad_sample_stays_in_its_place_and_is_counted(tiny_config, shards, cau
 
 def test_a_truncated_tar_loses_only_what_is_cut_off(tiny_config, shards):
     path = shards / "00002.tar"
-    entries = index_tar(str(path)).samples
-    cut_in = entries[7].members["jpg"].offset + 100
+    entries = index_tar(str(path))
+    cut_in = entries.members(7)["jpg"].offset + 100
     path.write_bytes(path.read_bytes()[:cut_in])
     index = index_tar(str(path))
     assert index.truncated
-    assert [entry.key for entry in index.samples] == [entry.key for entry in entries[:7]]
+    assert index.keys.tolist() == entries.keys.tolist()[:7]
     _, dataset = open_dataset(tiny_config)
     faults = [dataset[b].faults.get("truncated_shard", 0) for b in range(4)]
     assert sum(faults) == 5
     assert sum(dataset[b].valid_B.sum().item() for b in range(4)) == 32 - 5
 
 
-def test_a_truncation_between_files_of_a_sample_drops_the_sample(shards):
+@pytest.mark.parametrize("before_data", [0, 100, 512], ids=["after the header", "in the header", "before the header"])
+def test_a_cut_between_files_of_a_sample_drops_the_sample(shards, before_data):
     path = shards / "00000.tar"
-    entry = index_tar(str(path)).samples[3]
-    path.write_bytes(path.read_bytes()[: entry.members["txt"].offset])
+    cut = index_tar(str(path)).members(3)["txt"].offset - before_data
+    path.write_bytes(path.read_bytes()[:cut])
     index = index_tar(str(path))
     assert index.truncated
-    assert len(index.samples) == 3
+    assert len(index) == 3
+
+
+def test_a_broken_header_ends_the_tar(shards):
+    path = shards / "00000.tar"
+    data = bytearray(path.read_bytes())
+    at = index_tar(str(path)).members(5)["jpg"].offset - 512
+    data[at : at + 200] = b"x" * 200
+    path.write_bytes(data)
+    index = index_tar(str(path))
+    assert index.truncated
+    assert len(index) == 4, "the sample before may have lost files"
 
 
 def test_a_wrong_count_makes_invalid_slots(tiny_config, shards):
@@ -155,7 +170,9 @@ def test_a_shard_that_vanishes_is_counted(tiny_config, shards):
 
 def test_a_file_that_is_no_tar_has_no_samples(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * 5000)
-    assert index_tar(str(tmp_path / "a.tar")) == ([], True)
+    index = index_tar(str(tmp_path / "a.tar"))
+    assert index.truncated
+    assert len(index) == 0
 
 
 def test_the_reader_returns_what_lies_in_the_tar(shards):
@@ -186,6 +203,27 @@ def test_decode_modes_give_rgb(mode):
     out = io.BytesIO()
     Image.new(mode, (9, 7)).save(out, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
     assert decode(out.getvalue()).shape == (3, 7, 9)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    out = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0x7F00, np.uint16)).save(out, "PNG")
+    assert (decode(out.getvalue()) == 0x7F).all()
+
+
+def test_a_jpeg_that_claims_to_be_huge_is_not_decoded():
+    data = bytearray(encode_image(0, "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\x70\x00\x70\x00"
+    with pytest.raises(SampleError, match="28672 x 28672 pixels"):
+        decode(bytes(data))
+
+
+def test_half_a_surrogate_pair_is_replaced(tiny_config, shards):
+    half = b'{"captions": {"caption": "a \\ud800 b"}, "concept": "\\ud800"}'
+    write_tar(shards / "00001.tar", [make_sample(i, json=half, txt=None) for i in range(9, 13)])
+    _, dataset = open_dataset(tiny_config)
+    assert all(dataset[b].valid_B.all() for b in range(4))
 
 
 def test_transparency_is_white():

@@ -45,6 +45,11 @@ def test_ties_count_against_the_query():
     assert set(recall_at_k(ones, ones, torch.arange(30), torch.arange(30)).values()) == {0.0}
 
 
+def test_a_broken_model_finds_nothing():
+    broken = torch.full((30, 6), float("nan"))
+    assert set(recall_at_k(broken, broken, torch.arange(30), torch.arange(30)).values()) == {0.0}
+
+
 def test_chance_is_the_mean_over_random_rankings():
     query_concept, gallery_concept = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 0, 1, 1, 2, 3])
     chance = chance_recall_at_k(query_concept, gallery_concept)
