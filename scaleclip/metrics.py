@@ -158,7 +158,8 @@ def _append(file: TextIO, row: dict[str, Any]) -> None:
         file.flush()
     except OSError as error:
         raise RunError(
-            f"cannot write {file.name}: {error.strerror}; free some disk and start again: the run goes on from its last checkpoint"
+            f"cannot write {file.name}: {error.strerror}; free some disk and start again: the run goes on from its last "
+            f"checkpoint"
         ) from None
 
 

@@ -125,7 +125,7 @@ def test_rules_between_fields(overrides, message):
 
 
 def test_more_ranks_than_pairs_are_refused():
-    with pytest.raises(ConfigError, match=r"train\.global_batch=256 gives 257 ranks"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch=128 gives 257 ranks"):
         validate(load_config(ROOT / "configs" / "demo.yaml"), world_size=257)
 
 
