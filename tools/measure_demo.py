@@ -67,9 +67,13 @@ def measure(seed: int, ranks: int, overrides: list[str]) -> list[dict[str, Any]]
         command = [sys.executable, "-m", "scaleclip", "demo", "--ranks", str(ranks), f"run.seed={seed}", f"run.folder={folder}"]
         start = time.perf_counter()
         subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
-        wall_s = time.perf_counter() - start
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        figures = json.loads((folder / "results.json").read_text())["figures"]
+        return rows_of(folder, seed, ranks, time.perf_counter() - start)
+
+
+def rows_of(folder: Path, seed: int, ranks: int, wall_s: float) -> list[dict[str, Any]]:
+    """A finished run as rows of the record."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = json.loads((folder / "results.json").read_text())["figures"]
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     about = {
         "date": time.strftime("%Y-%m-%d"),
