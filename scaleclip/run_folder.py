@@ -24,6 +24,7 @@ from scaleclip.config import RunConfig, differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 
+_LOCK_WAIT_S = 10.0
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
 
@@ -76,10 +77,10 @@ def lock(folder: Path) -> TextIO:
     """Keep other processes out of the run's folder for as long as the returned file is open. Rank 0 only.
 
     Raises:
-        ConfigError: another run has held it for ten seconds, longer than a killed one needs to end.
+        ConfigError: another run holds it, for longer than a killed one and its loader processes need to end.
     """
     file = (folder / ".lock").open("a+")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

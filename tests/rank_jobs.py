@@ -1,6 +1,7 @@
 """What tests run on ranks of their own (tests/ranks.py). DeepSpeed bears one engine a process."""
 
 import math
+import resource
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,17 @@ from scaleclip.train import train
 
 def train_run(config_path: str, overrides: list[str]) -> str:
     return str(train(load_config(config_path, overrides)))
+
+
+def train_on_a_full_disk(config_path: str, overrides: list[str], full_rank: int) -> str:
+    """The error of a run in which one rank's files may not grow beyond 300 kB."""
+    world = distributed.init()
+    if world.rank == full_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    try:
+        return str(train(load_config(config_path, overrides)))
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
 
 
 def make_batch(config: Any, step: int) -> tuple[torch.Tensor, ...]:

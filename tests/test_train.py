@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import make_sample, write_tar
-from rank_jobs import train_run
+from rank_jobs import train_on_a_full_disk, train_run
 from ranks import run_ranks
 from runs import exact, figures, finish, rows, run, signal_when, start
 from scaleclip import checkpoint
@@ -187,6 +187,25 @@ def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, 
     assert checkpoint.newest(tmp_path) == intact
     run(*arguments)
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_a_full_disk_on_one_rank_ends_all_with_its_message(tiny_config_path, tmp_path, full_rank):
+    errors = run_ranks(train_on_a_full_disk, 2, tiny_config_path, [f"run.folder={tmp_path}"], full_rank, timeout_s=90)
+    assert all(error.startswith("RunError: ") for error in errors)
+    assert all("step_00000004" in error and "there is no earlier checkpoint" in error for error in errors)
+    assert not list((tmp_path / "checkpoints").glob("*step_*"))
+
+
+@pytest.mark.slow
+def test_an_unsharded_run_goes_on_with_another_number_of_ranks(tiny_config_path, undisturbed, tmp_path):
+    overrides = [f"run.folder={tmp_path}", SPLITS, "train.zero_stage=0"]
+    signal_when(start("train", tiny_config_path, *overrides), lambda: len(rows(tmp_path)) >= 6, signal.SIGKILL)
+    run_ranks(train_run, 2, tiny_config_path, overrides)
+    assert {row["world_size"] for row in rows(tmp_path)} == {1, 2}
+    for row, expected in zip(rows(tmp_path), rows(undisturbed), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
 
 
 def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limit(tiny_config, shards, tmp_path):
