@@ -3,6 +3,7 @@
 One row a log step; between log steps nothing is read from the device.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -110,8 +111,9 @@ class Metrics:
     def close(self) -> None:
         """End the bar and the files."""
         self._progress.stop()
-        self._rows.close()
-        self._evaluations.close()
+        for file in (self._rows, self._evaluations):
+            with contextlib.suppress(OSError):  # a full disk was reported when the row was written
+                file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
