@@ -60,15 +60,18 @@ def save(engine: "DeepSpeedEngine", folder: Path, state: TrainState, world: Worl
     engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
     error: Exception | None = engine.checkpoint_engine.take_error()
     error = _publish(partial, final, state, world, error)
-    if error is not None and world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
     if error is not None:
         intact = [path.name for path in saved(folder)]
         error = RunError(
             f"cannot save {final}: {error}; free some disk and start again: "
             + (f"the run goes on from {intact[-1]}, which is whole" if intact else "there is no earlier checkpoint")
         )
-    raise_together(error)
+    try:
+        raise_together(error)
+    except RunError:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if world.is_main:
         for old in saved(folder)[:-keep]:
             _remove(old)
