@@ -1,6 +1,7 @@
 """The folder of a run: what started it, with what, and whether it may go on.
 
-config.yaml (resolved), provenance.json, metrics.jsonl, log/<start>/<rank>.log, checkpoints/, latest, results.json.
+config.yaml (resolved), provenance.json, metrics.jsonl, evaluations.jsonl, results.json, curves.png, log/<start>/<rank>.log,
+checkpoints/ with step_<step>/ and latest.
 """
 
 import fcntl
