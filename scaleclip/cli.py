@@ -36,25 +36,14 @@ Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this mach
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = 1) -> None:
     """Train a run, or go on with it where it stopped, then evaluate it."""
-    _start_ranks(ranks)
-    from scaleclip.config import load_config, resolve_path
-    from scaleclip.train import train as run_training
-
-    folder = run_training(load_config(resolve_path(config), overrides or ()))
-    if _is_main():
-        _show(folder)
+    _train(config, overrides, ranks)
 
 
 @app.command()
 def demo(overrides: Overrides = None, ranks: Ranks = 1) -> None:
     """Train a small CLIP on the embedded emoji and clip art: a few minutes on two CPU cores."""
-    _start_ranks(ranks)
-    from scaleclip.config import load_config, resolve_path
-    from scaleclip.train import train as run_training
-
-    folder = run_training(load_config(resolve_path(DEMO_CONFIG), overrides or ()))
+    _train(DEMO_CONFIG, overrides, ranks)
     if _is_main():
-        _show(folder)
         command = "scaleclip" if shutil.which("scaleclip") else os.path.relpath(Path(sys.executable).parent / "scaleclip")
         typer.echo(
             "Try next:\n"
@@ -165,6 +154,16 @@ def _fail(error: Exception | str, code: int) -> None:
     print(f"{rank}{error}", file=sys.stderr, flush=True)
     # loader processes and the process group may wait for each other at the interpreter's end
     os._exit(code)
+
+
+def _train(config: str, overrides: list[str] | None, ranks: int) -> None:
+    _start_ranks(ranks)
+    from scaleclip.config import load_config, resolve_path
+    from scaleclip.train import train as run_training
+
+    folder = run_training(load_config(resolve_path(config), overrides or ()))
+    if _is_main():
+        _show(folder)
 
 
 def _start_ranks(ranks: int) -> None:

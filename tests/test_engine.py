@@ -58,6 +58,17 @@ def test_autocast_keeps_the_logit_scale_and_is_no_less_exact_than_deepspeeds_bf1
     assert result["autocast_error"] < result["bf16_error"]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_steps_are_bf16_and_follow_fp32(tiny_config_path, one_process, stage):
+    """The engine's own autocast: losses near fp32's and not equal, the logit scale's master in fp32."""
+    overrides = [f"train.zero_stage={stage}", "optim.clip_norm=0.5", "train.precision=bf16"]
+    result = run_ranks(run_steps, 1, tiny_config_path, overrides, 4, 1e-3)[0]
+    assert result["losses"] != one_process["losses"]
+    assert result["losses"] == pytest.approx(one_process["losses"], rel=2e-2)
+    assert {p.dtype for p in result["parameters"].values()} == {torch.float32}
+    assert result["log_scales"] == pytest.approx(one_process["log_scales"], abs=1e-3)
+
+
 def test_an_error_on_one_rank_is_an_error_on_all():
     assert run_ranks(agree, 2, 1) == ["RunError: rank 1 failed: ValueError: broken here", "ValueError: broken here"]
     assert run_ranks(agree, 2, None) == ["True [0, 1] 2"] * 2
