@@ -1,55 +1,369 @@
-"""Gather schedule: every rank receives all features and evaluates the global loss.
+"""Over ranks: how every rank's columns meet every rank's rows (ring or gather), and what a rank's failure does to the others.
 
-Shapes: n pairs a rank, W ranks, N = W n pairs in the global batch, D feature dims.
+A *tour* brings every rank's columns to this rank's rows and calls `work` on each visit. *Fixed* tensors (features, labels)
+are read; a *carried* tensor (statistics, gradients) is added to and comes home complete. Pictures: kernels/README.md.
+
+Shapes: W ranks, m columns on a rank, of which view v has the pairs v n to (v + 1) n; columns beyond V n are extra.
 """
 
-from typing import Any, NamedTuple
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaleclip_kernels.blocks import Matched
 
-class GlobalBatch(NamedTuple):
-    x_ND: Tensor
-    y_ND: Tensor
-    valid_N: Tensor
-    ids_N: Tensor | None
+ScheduleName = Literal["auto", "ring", "gather"]
+
+# A ring's hops follow one another, about 25 us each on a network card: 64 of them cost what gathering does (README).
+MAX_RING_RANKS = 64
+# of gathered features in flight; two chunks are held at a time
+GATHERED_BYTES = 64 << 20
+
+_log = logging.getLogger("scaleclip_kernels")
 
 
-def gather_batch(
-    x_nD: Tensor, y_nD: Tensor, valid_n: Tensor | None, ids_n: Tensor | None, group: dist.ProcessGroup
-) -> GlobalBatch:
-    """Concatenate every rank's slice in rank order, with one collective for features and one for the rest.
+class Piece(NamedTuple):
+    """Columns of one view within a visit, and which of this rank's rows match them."""
 
-    Collective: all ranks of `group` call it with equal shapes and dtypes, and with ids on all or on none.
-    The gradient of this rank's slice is W times that of the global loss, so that the MEAN over ranks of the parameter
-    gradients is the true gradient. What every rank holds whole, the logit scale, must not be multiplied: its mean is
-    right as it is.
+    view: int
+    columns: slice
+    rows: slice
+    """Of a tensor that holds this rank's rows once a view, view after view."""
+    matched: Matched
+
+
+class Visit(NamedTuple):
+    """Columns that are here now."""
+
+    fixed: tuple[Tensor | None, ...]
+    pieces: list[Piece]
+    carried: Callable[[], Tensor]
+    """Waits until the carried tensor of these columns has arrived; add to it in place."""
+
+    def carried_by(self, piece: Piece) -> Callable[[], Tensor]:
+        return lambda: self.carried()[piece.columns]
+
+
+class Carried(NamedTuple):
+    """A tensor with one row a column, which every rank adds its part to."""
+
+    start: Callable[[int], Tensor]
+    """That many columns' rows before anything is added."""
+    combine: Callable[[Tensor], Tensor] | None
+    """[W, m, ...] parts to their total [m, ...]; None: their sum."""
+
+
+class Layout(NamedTuple):
+    """Pairs on each rank in rank order, and what goes with them."""
+
+    sizes: tuple[int, ...]
+    views: int
+    extras: int
+    """Columns of each rank that no row matches, after those of the only view."""
+
+    def columns(self, rank: int) -> int:
+        return self.views * self.sizes[rank] + self.extras
+
+    def rows(self, view: int, rank: int) -> slice:
+        return slice(view * self.sizes[rank], (view + 1) * self.sizes[rank])
+
+
+class Schedule(Protocol):
+    num_ranks: int
+
+    def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
+        """Call `work` once for every block of columns; this rank's carried tensor, complete. All ranks call."""
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+
+
+class Alone:
+    """One process holds the whole batch."""
+
+    num_ranks = 1
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
+        home = None if carried is None else carried.start(self._layout.columns(0))
+        work(Visit(fixed, _pieces(self._layout, 0, 0), lambda: _here(home)))
+        return home
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Ring:
+    """Columns travel from rank to rank; no rank ever holds more than two foreign blocks, whatever W is.
+
+    While a block is worked on, the next one is on its way (data channel) and so is what that one carries (gradient channel).
     """
-    features_N2D: Tensor = _GatherFeatures.apply(torch.cat([x_nD, y_nD], dim=1), group)
-    x_ND, y_ND = features_N2D.chunk(2, dim=1)
-    # Validity always travels: a rank may have padding where another has none, and both must make the same calls.
-    valid_n = torch.ones(len(x_nD), dtype=torch.bool, device=x_nD.device) if valid_n is None else valid_n
-    labels_n = [valid_n.long()] if ids_n is None else [valid_n.long(), ids_n]
-    labels_NL = _all_gather(torch.stack(labels_n, dim=1), group)
-    return GlobalBatch(x_ND, y_ND, labels_NL[:, 0].bool(), None if ids_n is None else labels_NL[:, 1].contiguous())
+
+    def __init__(self, layout: Layout, channels: "Channels") -> None:
+        self._layout, self._channels = layout, channels
+        self.num_ranks, self._rank = channels.num_ranks, channels.rank
+
+    def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
+        most = max(map(self._layout.columns, range(self.num_ranks)))
+        # made once: a block that has been passed on makes room for the next but one
+        spare_fixed = [_like(fixed, most) for _ in range(2)]
+        cargo = None if carried is None else carried.start(self._layout.columns(self._rank))
+        spare_cargo = [] if cargo is None else [cargo.new_empty(most, *cargo.shape[1:]) for _ in range(2)]
+        cargo_on_its_way = _Transfer([])
+
+        for hop in range(self.num_ranks):
+            owner, following = (self._rank - hop) % self.num_ranks, (self._rank - hop - 1) % self.num_ranks
+            size = self._layout.columns(following)
+            arriving = tuple(None if spare is None else spare[:size] for spare in spare_fixed[hop % 2])
+            is_last = hop + 1 == self.num_ranks
+            fixed_on_its_way = _Transfer([]) if is_last else self._pass_on(fixed, arriving, self._channels.data)
+
+            def arrived(transfer: _Transfer = cargo_on_its_way, cargo: Tensor | None = cargo) -> Tensor:
+                transfer.wait()
+                return _here(cargo)
+
+            work(Visit(fixed, _pieces(self._layout, owner, self._rank), arrived))
+            if cargo is not None:
+                sent = arrived()
+                cargo = spare_cargo[hop % 2][:size]
+                cargo_on_its_way = self._pass_on((sent,), (cargo,), self._channels.gradients)
+            fixed_on_its_way.wait()
+            fixed = arriving
+        cargo_on_its_way.wait()
+        return cargo
+
+    def total(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._channels.data)
+        return tensor
+
+    def _pass_on(
+        self, leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None], group: dist.ProcessGroup
+    ) -> "_Transfer":
+        after, before = ((self._rank + step) % self.num_ranks for step in (1, -1))
+        peers = [dist.get_global_rank(group, rank) for rank in (after, before)]
+        # An empty block is not sent: every rank knows every size.
+        steps = [
+            dist.P2POp(operation, tensor, peer, group)
+            for operation, tensors, peer in ((dist.isend, leaving, peers[0]), (dist.irecv, arriving, peers[1]))
+            for tensor in tensors
+            if tensor is not None and tensor.numel() > 0
+        ]
+        return _Transfer(dist.batch_isend_irecv(steps) if steps else [], leaving)
 
 
-class _GatherFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features_nF: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.num_local = group, len(features_nF)
-        return _all_gather(features_nF, group)
+class Gather:
+    """Every rank's columns are gathered a chunk at a time, the next chunk while one is worked on.
 
-    @staticmethod
-    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
-        # Every rank computed the whole gradient, so nothing has to be reduced here.
-        start = dist.get_rank(ctx.group) * ctx.num_local
-        return grad_NF[start : start + ctx.num_local] * dist.get_world_size(ctx.group), None
+    What a chunk carries goes back to its owners while the next chunk is worked on.
+    """
+
+    def __init__(self, layout: Layout, channels: "Channels") -> None:
+        self._layout, self._channels = layout, channels
+        self.num_ranks, self._rank = channels.num_ranks, channels.rank
+
+    def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
+        layout, chunks = self._layout, self._chunks(_here(fixed[0]))
+        home = None if carried is None else carried.start(layout.columns(self._rank))
+        arriving, going_home = self._gather(fixed, chunks[0]), _Transfer([])
+        for number, chunk in enumerate(chunks):
+            arriving.transfer.wait()
+            here = arriving.tensors
+            if number + 1 < len(chunks):
+                arriving = self._gather(fixed, chunks[number + 1])
+            parts = None if carried is None else carried.start(self.num_ranks * chunk.width)
+            num_matched = max(0, min(chunk.width, layout.sizes[self._rank] - chunk.first_pair))
+            matched = Matched(chunk.first_pair, self._rank * chunk.width, num_matched)
+            everyone = slice(0, self.num_ranks * chunk.width)
+            piece = Piece(chunk.view, everyone, layout.rows(chunk.view, self._rank), matched)
+            work(Visit(here, [piece], functools.partial(_here, parts)))
+            going_home.wait()
+            if carried is not None and home is not None and parts is not None:
+                going_home = self._send_home(parts, carried, home[chunk.mine])
+        going_home.wait()
+        return home
+
+    def total(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._channels.data)
+        return tensor
+
+    def _chunks(self, features: Tensor) -> list["_Chunk"]:
+        """The same number of chunks, and the same widths, on every rank: a shorter rank pads."""
+        layout = self._layout
+        row_bytes = self.num_ranks * features.shape[1] * features.element_size()
+        most, longest, mine = max(1, GATHERED_BYTES // row_bytes), max(layout.sizes), layout.sizes[self._rank]
+        chunks = []
+        for view in range(layout.views):
+            # the sum is the view's length: only a single view has extra columns
+            for start in range(0, longest + layout.extras, most):
+                width = min(most, longest + layout.extras - start)
+                own = slice(*(view * mine + min(at, mine + layout.extras) for at in (start, start + width)))
+                chunks.append(_Chunk(view, start, width, own))
+        return chunks
+
+    def _gather(self, fixed: tuple[Tensor | None, ...], chunk: "_Chunk") -> "_Gathered":
+        works: list[Any] = []
+        sent: list[Tensor] = []
+        gathered: list[Tensor | None] = []
+        for tensor in fixed:
+            if tensor is None:
+                gathered.append(None)
+                continue
+            part = tensor[chunk.mine]
+            if len(part) < chunk.width:
+                # padding is invalid, which is the one bool among the fixed tensors; the rest of it is then never looked at
+                padding = part.new_full((chunk.width - len(part), *part.shape[1:]), part.dtype == torch.bool)
+                part = torch.cat([part, padding])
+            sent.append(part.contiguous())
+            everyone = part.new_empty(self.num_ranks * chunk.width, *part.shape[1:])
+            works.append(dist.all_gather_into_tensor(everyone, sent[-1], group=self._channels.data, async_op=True))
+            gathered.append(everyone)
+        return _Gathered(tuple(gathered), _Transfer(works, sent))
+
+    def _send_home(self, parts: Tensor, carried: Carried, home: Tensor) -> "_Transfer":
+        combine, width = carried.combine, len(parts) // self.num_ranks
+        if combine is None:
+            total = parts.new_empty(width, *parts.shape[1:])
+            work = dist.reduce_scatter_tensor(total, parts, group=self._channels.gradients, async_op=True)
+            return _Transfer([work], [parts], lambda: home.copy_(total[: len(home)]))
+        received = torch.empty_like(parts)
+        work = dist.all_to_all_single(received, parts, group=self._channels.gradients, async_op=True)
+        by_rank = received.view(self.num_ranks, width, *parts.shape[1:])
+        return _Transfer([work], [parts], lambda: home.copy_(combine(by_rank)[: len(home)]))
 
 
-def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    gathered = local.new_empty(dist.get_world_size(group) * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
+class Channels:
+    """This package's own communicators over a caller's ranks: one would make data and gradients wait for each other.
+
+    They are its own also so that a failing rank can close them, which frees the others from a wait at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend_config(group)
+        self.num_ranks, self.rank = len(ranks), dist.get_rank(group)
+        self.data, self.gradients = (_new_group(ranks, backend) for _ in range(2))
+        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._key = f"scaleclip_kernels/failure/{self.data.group_name}"
+        self._failure = ""
+
+    @contextlib.contextmanager
+    def shared_fate(self) -> Iterator[None]:
+        """An error inside ends every rank's call: the first rank's with its own error, the others' with its message.
+
+        Raises:
+            RankError: another rank failed first, or did so in an earlier call.
+        """
+        if self._failure:
+            raise RankError(f"these ranks cannot go on after a failure: {self._failure}")
+        try:
+            yield
+        except Exception as error:
+            message = f"rank {self.rank} of {self.num_ranks}: {type(error).__name__}: {error}"
+            self._failure = self._first_failure(message)
+            self._close()
+            if self._failure == message:
+                raise
+            raise RankError(f"rank {self.rank} of {self.num_ranks} stops, the first failure was on {self._failure}") from error
+
+    def _first_failure(self, message: str) -> str:
+        try:
+            return str(self._store.compare_set(self._key, "", message).decode())
+        except RuntimeError as error:  # the rank that holds the store is dead: this rank knows only its own
+            return f"{message} (the ranks' store is gone: {error})"
+
+    def _close(self) -> None:
+        for channel in (self.data, self.gradients):
+            channel.abort()
+            dist.destroy_process_group(channel)
+        del self.data, self.gradients
+
+
+class RankError(RuntimeError):
+    """The loss could not be computed because another rank failed; the message is the first failing rank's."""
+
+
+_channels: "weakref.WeakKeyDictionary[dist.ProcessGroup, Channels]" = weakref.WeakKeyDictionary()
+
+
+def channels_over(group: dist.ProcessGroup | None) -> Channels | None:
+    """The group's channels, made at its first call, in which every rank must take part; None where there is one rank."""
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    if group not in _channels:
+        _channels[group] = Channels(group)
+    return _channels[group]
+
+
+def make_schedule(name: ScheduleName, layout: Layout, channels: Channels | None) -> Schedule:
+    """`auto`: ring up to MAX_RING_RANKS ranks, gather beyond, said once in the log."""
+    if channels is None:
+        return Alone(layout)
+    if name == "auto":
+        name = "ring" if channels.num_ranks <= MAX_RING_RANKS else "gather"
+        _say_once(f"schedule {name} for {channels.num_ranks} ranks (ring up to {MAX_RING_RANKS})")
+    return Ring(layout, channels) if name == "ring" else Gather(layout, channels)
+
+
+class _Chunk(NamedTuple):
+    view: int
+    first_pair: int
+    width: int
+    mine: slice
+
+
+class _Transfer:
+    """Messages on their way; `then` runs once, when they have arrived."""
+
+    def __init__(self, works: list[Any], sent: Sequence[Tensor | None] = (), then: Callable[[], Any] | None = None) -> None:
+        # what is sent must stay in memory until it has left
+        self._works, self._sent, self._then = works, sent, then
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        if self._then is not None:
+            self._then()
+        self._works, self._sent, self._then = [], (), None
+
+
+class _Gathered(NamedTuple):
+    tensors: tuple[Tensor | None, ...]
+    transfer: _Transfer
+
+
+def _pieces(layout: Layout, owner: int, rank: int) -> list[Piece]:
+    """The views among the columns of rank `owner`, as they meet the rows of `rank`."""
+    size, mine = layout.sizes[owner], layout.sizes[rank]
+    matched = Matched(0, 0, mine if owner == rank else 0)
+    return [
+        Piece(view, slice(view * size, (view + 1) * size + layout.extras), layout.rows(view, rank), matched)
+        for view in range(layout.views)
+    ]
+
+
+def _like(tensors: tuple[Tensor | None, ...], size: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.new_empty(size, *tensor.shape[1:]) for tensor in tensors)
+
+
+def _here(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "asked for what does not travel"
+    return tensor
+
+
+def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:
+    made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup), "this process is one of its ranks"
+    return made
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)

@@ -1,181 +1,198 @@
-"""Symmetric softmax contrastive loss over bounded panels of logits: for CPU, and for any device without Triton.
+"""The losses over bounded panels of logits with torch.mm: the backend for CPUs, and for any device without Triton.
 
-The forward pass computes each panel of logits once and folds it into row and column sums; the backward pass computes
-it again and folds it into both gradients: 4 N^2 D multiply-adds, O(N D + panel) memory. Derivation: kernels/README.md.
+A block is visited in panels of 1024 x 1024 logits, always in the same order. Inputs in bf16 or fp16 are widened a panel at
+a time; products, exponentials and sums are fp32. Derivation: kernels/README.md.
 
-Shapes: N pairs, D feature dims, R x C one panel of the N x N logits.
+Shapes: a block of n rows and m columns, D feature dims, R x C logits a panel.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
+
+from scaleclip_kernels.blocks import LOG2_E, Block, Side
+from scaleclip_kernels.gemm import fp32_products
+
+PANEL_ROWS = PANEL_COLUMNS = 1024
+# 64 factors of at most 2 stay far below fp32's overflow at 2^128.
+_PRODUCT_LEVELS = 6
 
 
-def softmax_contrastive_loss(
-    x_ND: Tensor,
-    y_ND: Tensor,
+def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, column_sums: Callable[[], Tensor] | None) -> None:
+    """Add a block's unmatched logits to the running sums of its rows and of its columns, in place.
+
+    `row_sums` [n, K] and `column_sums()` [m, K], None where a direction is not wanted, hold in base 2 the largest logit,
+    the sum of exp2(logit - largest) and, with positives (K = 4), the sum and the number of the unmatched positives' logits.
+    `column_sums` is called when its first panel is ready to be added: its tensor may still be on its way.
+    """
+    scale = logit_scale * LOG2_E
+    with fp32_products(block.x.features.device, block.x.features.shape[1]):
+        for panel in _panels(block):
+            logits_RC = panel.logits(scale)
+            duplicate_RC = panel.strike(logits_RC)
+            extra_RC = None if duplicate_RC is None else torch.where(duplicate_RC, logits_RC, 0.0)
+            rows_RK = None if row_sums is None else row_sums[panel.rows]
+            columns_CK = None if column_sums is None else column_sums()[panel.columns]
+            for dim, side in ((1, rows_RK), (0, columns_CK)):
+                if side is None:
+                    continue
+                if duplicate_RC is not None and extra_RC is not None:
+                    side[:, 2] += extra_RC.sum(dim)
+                    side[:, 3] += duplicate_RC.sum(dim)
+                # Rows and columns have maxima of their own: one maximum for the panel would underflow whatever lies
+                # far below it, and divide by zero in the backward pass.
+                largest = torch.maximum(side[:, 0], logits_RC.amax(dim))
+                side[:, 1] *= (side[:, 0] - largest).exp2_()
+                side[:, 1] += torch.sub(logits_RC, largest.unsqueeze(dim), out=panel.scratch).exp2_().sum(dim)
+                side[:, 0] = largest
+
+
+def softmax_gradients(
+    block: Block,
     logit_scale: Tensor,
-    *,
-    valid_N: Tensor | None = None,
-    ids_N: Tensor | None = None,
-    duplicates: str = "negative",
-    panel_rows: int = 1024,
-    panel_columns: int = 1024,
-) -> Tensor:
-    """The loss that `reference.softmax_contrastive_loss` defines, in fp32; gradients leave in each input's dtype.
+    row_terms: Tensor | None,
+    column_terms: Tensor | None,
+    grad_x: Tensor | None,
+    grad_y: Callable[[], Tensor] | None,
+) -> None:
+    """Add G y to `grad_x` [n, D] and G^T x to `grad_y()` [m, D], where G is the loss gradient of a block's unmatched logits.
 
-    `panel_rows` x `panel_columns` fp32 logits are live at a time (a few such buffers); 4 MiB each by default.
+    G_ij = exp2(s_ij - row_terms[i, 0]) + exp2(s_ij - column_terms[j, 0]) for base-2 logits s, less row_terms[i, 1] +
+    column_terms[j, 1] where (i, j) is one more positive. An offset of +inf marks a row or column that has no loss of its
+    own. `grad_y` is called when its first panel is ready to be added: its buffer may still be on its way.
     """
-    x_ND, y_ND = x_ND.float(), y_ND.float()
-    invalid_N = None
-    if valid_N is not None:
-        invalid_N = ~valid_N
-        # masked_fill, not a product: an invalid row may hold NaN, and 0 * NaN would reach every gradient.
-        x_ND = x_ND.masked_fill(invalid_N.unsqueeze(1), 0)
-        y_ND = y_ND.masked_fill(invalid_N.unsqueeze(1), 0)
-    duplicate_ids_N = None if duplicates == "negative" else ids_N
-    grid = _Grid(len(x_ND), invalid_N, duplicate_ids_N, duplicates == "positive", panel_rows, panel_columns)
-    loss: Tensor = _PanelSoftmax.apply(x_ND, y_ND, logit_scale.float(), grid)
-    return loss
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The N x N pairs: how they are cut into panels, and what each pair is."""
-
-    num_pairs: int
-    invalid_N: Tensor | None
-    ids_N: Tensor | None  # None: an off-diagonal pair is a negative, whatever the ids
-    duplicates_are_positive: bool  # with ids: False leaves the duplicates out
-    panel_rows: int
-    panel_columns: int
-
-    def panels(self) -> Iterator[tuple[slice, slice]]:
-        """(rows, columns) of each panel, in the fixed order that keeps sums reproducible."""
-        for row in range(0, self.num_pairs, self.panel_rows):
-            for column in range(0, self.num_pairs, self.panel_columns):
-                yield (
-                    slice(row, min(row + self.panel_rows, self.num_pairs)),
-                    slice(column, min(column + self.panel_columns, self.num_pairs)),
-                )
-
-    def duplicates(self, rows: slice, columns: slice) -> Tensor | None:
-        """bool [R, C]: off-diagonal valid pairs with equal ids; None where ids play no part."""
-        if self.ids_N is None:
-            return None
-        duplicate_RC = self.ids_N[rows].unsqueeze(1) == self.ids_N[columns]
-        return self._strike(duplicate_RC, rows, columns, False)
-
-    def logits(self, scaled_x_ND: Tensor, y_ND: Tensor, rows: slice, columns: slice, duplicate_RC: Tensor | None) -> Tensor:
-        """fp32 [R, C]: logits of the denominators' off-diagonal pairs, -inf elsewhere."""
-        logits_RC = self._strike(scaled_x_ND[rows] @ y_ND[columns].T, rows, columns, -torch.inf)
-        if duplicate_RC is not None and not self.duplicates_are_positive:
-            logits_RC.masked_fill_(duplicate_RC, -torch.inf)
-        return logits_RC
-
-    def _strike(self, panel_RC: Tensor, rows: slice, columns: slice, value: float) -> Tensor:
-        """Overwrite the matched pairs and everything invalid, in place."""
-        panel_RC.diagonal(rows.start - columns.start).fill_(value)
-        if self.invalid_N is not None:
-            panel_RC.masked_fill_(self.invalid_N[rows].unsqueeze(1), value)
-            panel_RC.masked_fill_(self.invalid_N[columns], value)
-        return panel_RC
-
-
-class _PanelSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, y_ND: Tensor, logit_scale: Tensor, grid: _Grid) -> Tensor:
-        scaled_x_ND = x_ND * logit_scale
-        matched_N = (scaled_x_ND * y_ND).sum(dim=1)
-        # Sums start at the matched logit, which is finite, so a fully masked panel needs no special case.
-        row_max_N, column_max_N = matched_N.clone(), matched_N.clone()
-        row_sum_N, column_sum_N = torch.zeros_like(matched_N), torch.zeros_like(matched_N)
-        num_positives_N = torch.ones_like(matched_N)
-        row_extra_N, column_extra_N = torch.zeros_like(matched_N), torch.zeros_like(matched_N)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            for rows, columns in grid.panels():
-                duplicate_RC = grid.duplicates(rows, columns)
-                logits_RC = grid.logits(scaled_x_ND, y_ND, rows, columns, duplicate_RC)
-                if duplicate_RC is not None and grid.duplicates_are_positive:
-                    num_positives_N[rows] += duplicate_RC.sum(dim=1)
-                    extra_RC = logits_RC.masked_fill(~duplicate_RC, 0)
-                    row_extra_N[rows] += extra_RC.sum(dim=1)
-                    column_extra_N[columns] += extra_RC.sum(dim=0)
-                _fold(logits_RC, 1, row_max_N[rows], row_sum_N[rows])
-                _fold(logits_RC, 0, column_max_N[columns], column_sum_N[columns])
-
-        # Log-odds of everything else against the matched pair. softplus keeps a loss of 1e-9 to full precision, where
-        # log-sum-exp minus the matched logit would leave rounding noise.
-        row_odds_N = row_sum_N.log() + (row_max_N - matched_N)
-        column_odds_N = column_sum_N.log() + (column_max_N - matched_N)
-        row_loss_N, column_loss_N = softplus(row_odds_N), softplus(column_odds_N)
-        # Not matched logit + loss: each rounding of a log-sum-exp is a relative error of a whole row of gradients.
-        row_lse_N = row_max_N + (row_sum_N + (matched_N - row_max_N).exp()).log()
-        column_lse_N = column_max_N + (column_sum_N + (matched_N - column_max_N).exp()).log()
-        matched_grad_N = 2 * (1 - 1 / num_positives_N) - row_odds_N.sigmoid() - column_odds_N.sigmoid()
-        # Matched logit minus the mean over positives: exactly 0 for a pair that is its own only positive.
-        shift_N = matched_N * (num_positives_N - 1)
-        row_loss_N = row_loss_N + (shift_N - row_extra_N) / num_positives_N
-        column_loss_N = column_loss_N + (shift_N - column_extra_N) / num_positives_N
-
-        loss_N = 0.5 * (row_loss_N + column_loss_N)
-        if grid.invalid_N is None:
-            weight = loss_N.new_full((), 1 / max(grid.num_pairs, 1))
-        else:
-            # Invalid pairs add nothing: without negatives their odds are -inf, so loss and gradient are 0.
-            weight = 1 / (~grid.invalid_N).sum().clamp(min=1)
-        ctx.grid = grid
-        ctx.save_for_backward(
-            x_ND, y_ND, logit_scale, row_lse_N, column_lse_N, matched_grad_N, 1 / num_positives_N, 0.5 * weight
-        )
-        return loss_N.sum() * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x_ND, y_ND, logit_scale, row_lse_N, column_lse_N, matched_grad_N, positive_share_N, weight = ctx.saved_tensors
-        grid: _Grid = ctx.grid
-        need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-        scaled_x_ND = x_ND * logit_scale
-        # The matched pairs' terms stay outside the panels; the panels add G y to the one and G^T x to the other.
-        grad_x_ND = matched_grad_N.unsqueeze(1) * y_ND if need_x or need_scale else None
-        grad_y_ND = matched_grad_N.unsqueeze(1) * scaled_x_ND if need_y else None
-        with torch.autocast(x_ND.device.type, enabled=False):
-            for rows, columns in grid.panels():
-                duplicate_RC = grid.duplicates(rows, columns)
-                logits_RC = grid.logits(scaled_x_ND, y_ND, rows, columns, duplicate_RC)
+    scale = logit_scale * LOG2_E
+    with fp32_products(block.x.features.device, block.x.features.shape[1]):
+        for panel in _panels(block):
+            logits_RC = panel.logits(scale)
+            duplicate_RC = panel.strike(logits_RC)
+            grad_RC: Tensor | None = None
+            for dim, terms in ((1, row_terms), (0, column_terms)):
+                if terms is None:
+                    continue
+                side = terms[panel.rows if dim == 1 else panel.columns]
                 # No logit exceeds its own row's or column's log-sum-exp, so neither exponential can overflow.
-                grad_RC = (logits_RC - row_lse_N[rows].unsqueeze(1)).exp_()
-                grad_RC += logits_RC.sub_(column_lse_N[columns]).exp_()
-                if duplicate_RC is not None and grid.duplicates_are_positive:
-                    grad_RC -= duplicate_RC * (2 * positive_share_N[rows]).unsqueeze(1)
-                if grad_x_ND is not None:
-                    grad_x_ND[rows].addmm_(grad_RC, y_ND[columns])
-                if grad_y_ND is not None:
-                    grad_y_ND[columns].addmm_(grad_RC.T, scaled_x_ND[rows])
-
-        weight = weight * grad
-        grad_scale = None
-        if grad_x_ND is not None:
-            # <dL/dx, x> / scale, taken before the scale is multiplied in, so that a scale of 0 is no special case.
-            grad_scale = (grad_x_ND * x_ND).sum() * weight if need_scale else None
-            grad_x_ND = grad_x_ND.mul_(weight * logit_scale) if need_x else None
-        if grad_y_ND is not None:
-            grad_y_ND.mul_(weight)
-        return grad_x_ND, grad_y_ND, grad_scale, None
+                probability_RC = logits_RC if grad_RC is not None else panel.scratch
+                torch.sub(logits_RC, side[:, 0].unsqueeze(dim), out=probability_RC).exp2_()
+                grad_RC = probability_RC if grad_RC is None else grad_RC.add_(probability_RC)
+                if duplicate_RC is not None:
+                    grad_RC -= duplicate_RC * side[:, 1].unsqueeze(dim)
+            assert grad_RC is not None, "one direction at least has a loss"
+            panel.add_products(grad_RC, grad_x, grad_y)
 
 
-def _fold(logits_RC: Tensor, dim: int, running_max: Tensor, running_sum: Tensor) -> None:
-    """Add a panel's exponentials along `dim` to sums relative to running maxima (online softmax, arXiv 1805.02867).
+def sigmoid_block(
+    block: Block,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    share: Tensor | None,
+    totals: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Callable[[], Tensor] | None,
+) -> None:
+    """Add share * (sum of -log sigmoid(label * logit)) of a block's unmatched pairs to totals[0], and sum(G) to totals[1].
 
-    Rows and columns each have their own maximum: one maximum for the panel would underflow a row far below the rest.
+    `totals` is fp64 [2], changed in place. G is the gradient of what is added to totals[0]; `grad_x` and `grad_y` are as in
+    `softmax_gradients`, and without them G is not computed. `share` is a scalar, None for 1.
     """
-    new_max = torch.maximum(running_max, logits_RC.amax(dim))
-    running_sum.mul_((running_max - new_max).exp_())
-    running_sum.add_((logits_RC - new_max.unsqueeze(dim)).exp_().sum(dim))
-    running_max.copy_(new_max)
+    with fp32_products(block.x.features.device, block.x.features.shape[1]):
+        for panel in _panels(block):
+            logits_RC = panel.logits(logit_scale).add_(logit_bias)
+            duplicate_RC = panel.strike(logits_RC)
+            # softplus(s) for a negative; a positive is one with s turned round
+            sign_RC = None if duplicate_RC is None else 1 - 2 * duplicate_RC.float()
+            if sign_RC is not None:
+                logits_RC *= sign_RC
+            if grad_x is not None or grad_y is not None:
+                grad_RC = torch.sigmoid(logits_RC, out=panel.scratch)
+                if sign_RC is not None:
+                    grad_RC *= sign_RC
+                if share is not None:
+                    grad_RC *= share
+                totals[1] += grad_RC.sum()
+                panel.add_products(grad_RC, grad_x, grad_y)
+            loss = _softplus_sum(logits_RC)
+            totals[0] += loss if share is None else loss * share
+
+
+def _softplus_sum(logits_RC: Tensor) -> Tensor:
+    """Sum of log(1 + exp(s)) in fp64; overwrites its contiguous argument.
+
+    max(s, 0) + log1p(e) with e = exp(-|s|) <= 1. log1p costs as much as the matrix product behind it, so 64 terms share
+    one: log1p(a) + log1p(b) = log1p(a + b + a b), which loses no small term.
+    """
+    total = logits_RC.clamp_min(0).sum(dtype=torch.float64)
+    terms = logits_RC.abs_().mul_(-LOG2_E).exp2_().view(-1)
+    for _ in range(_PRODUCT_LEVELS):
+        half = len(terms) // 2
+        a, b, odd = terms[:half], terms[half : 2 * half], terms[2 * half :]
+        total += odd.log1p().sum()
+        terms = a.addcmul_(a, b).add_(b)
+    return total + terms.log1p().sum(dtype=torch.float64)
+
+
+class _Panel:
+    """R x C logits of a block, and the features they come from."""
+
+    def __init__(self, block: Block, rows: slice, columns: slice, x_RD: Tensor, y_CD: Tensor, buffers: Tensor) -> None:
+        self.block, self.rows, self.columns = block, rows, columns
+        self.x_RD, self.y_CD = x_RD, y_CD
+        shape = len(x_RD), len(y_CD)
+        self._logits_RC, self.scratch = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+
+    def logits(self, scale: Tensor) -> Tensor:
+        """fp32 [R, C]: scale x y^T, in this panel's buffer."""
+        return torch.mm(self.x_RD * scale, self.y_CD.T, out=self._logits_RC)
+
+    def strike(self, logits_RC: Tensor) -> Tensor | None:
+        """Put -inf where a pair is matched, invalid or to be left out; bool [R, C] of the further positives, if any can be."""
+        self._fill(logits_RC, -torch.inf)
+        x, y = self.block.x, self.block.y
+        if x.ids is None or y.ids is None:
+            return None
+        duplicate_RC = x.ids[self.rows].unsqueeze(1) == y.ids[self.columns]
+        self._fill(duplicate_RC, False)
+        if self.block.duplicates_are_positive:
+            return duplicate_RC
+        logits_RC.masked_fill_(duplicate_RC, -torch.inf)
+        return None
+
+    def add_products(self, grad_RC: Tensor, grad_x: Tensor | None, grad_y: Callable[[], Tensor] | None) -> None:
+        if grad_x is not None:
+            grad_x[self.rows].addmm_(grad_RC, self.y_CD)
+        if grad_y is not None:
+            grad_y()[self.columns].addmm_(grad_RC.T, self.x_RD)
+
+    def _fill(self, panel_RC: Tensor, value: float) -> None:
+        """Overwrite matched and invalid pairs."""
+        rows, columns, matched = self.rows, self.columns, self.block.matched
+        first = max(rows.start - matched.row, columns.start - matched.column, 0)
+        last = min(rows.stop - matched.row, columns.stop - matched.column, matched.length)
+        if first < last:
+            row, column = first + matched.row - rows.start, first + matched.column - columns.start
+            panel_RC[row : row + last - first, column : column + last - first].diagonal().fill_(value)
+        if self.block.x.invalid is not None:
+            panel_RC.masked_fill_(self.block.x.invalid[rows].unsqueeze(1), value)
+        if self.block.y.invalid is not None:
+            panel_RC.masked_fill_(self.block.y.invalid[columns], value)
+
+
+def _panels(block: Block) -> Iterator[_Panel]:
+    """Row panels from the first, and in each its column panels from the first: the order that keeps sums reproducible."""
+    num_rows, num_columns = len(block.x.features), len(block.y.features)
+    if block.x.features.device.type == "cpu":
+        # Most blocks have no invalid pair. Looking costs nothing here; on other devices it would wait for the device.
+        block = block._replace(x=_without_idle_mask(block.x), y=_without_idle_mask(block.y))
+    size = min(PANEL_ROWS, num_rows) * min(PANEL_COLUMNS, num_columns)
+    buffers = torch.empty(2, size, dtype=torch.float32, device=block.x.features.device)
+    for row in range(0, num_rows, PANEL_ROWS):
+        rows = slice(row, min(row + PANEL_ROWS, num_rows))
+        x_RD = block.x.features[rows].float()
+        for column in range(0, num_columns, PANEL_COLUMNS):
+            columns = slice(column, min(column + PANEL_COLUMNS, num_columns))
+            yield _Panel(block, rows, columns, x_RD, block.y.features[columns].float(), buffers)
+
+
+def _without_idle_mask(side: Side) -> Side:
+    return side if side.invalid is None or bool(side.invalid.any()) else side._replace(invalid=None)

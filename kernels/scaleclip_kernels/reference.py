@@ -1,55 +1,87 @@
-"""The losses in plain PyTorch: the definition that every other backend is tested against. Stores the N x N logits.
+"""The losses in plain PyTorch: the definition that every other backend is tested against. Stores the N x M logits.
 
-Symmetric softmax: CLIP, Radford et al., arXiv 2103.00020. Several positives: L_out of SupCon, Khosla et al.,
-arXiv 2004.11362.
+Softmax: CLIP, arXiv 2103.00020; several positives: L_out of SupCon, arXiv 2004.11362. Sigmoid: SigLIP, arXiv 2303.15343.
 
-Shapes: N pairs, D feature dims.
+Shapes: N pairs, V views, M columns, D feature dims; L columns of one view.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+if TYPE_CHECKING:
+    from scaleclip_kernels.arguments import Pairs
 
 
 def softmax_contrastive_loss(
-    x_ND: Tensor,
-    y_ND: Tensor,
-    logit_scale: Tensor,
-    *,
-    valid_N: Tensor | None = None,
-    ids_N: Tensor | None = None,
-    duplicates: str = "negative",
+    x_ND: Tensor, y_MD: Tensor, logit_scale: Tensor, pairs: "Pairs", weights: tuple[float, float], compute_dtype: torch.dtype
 ) -> Tensor:
-    """Mean over valid pairs of (row cross-entropy + column cross-entropy) / 2, in fp32, or fp64 for fp64 features.
+    """What `scaleclip_kernels.softmax_contrastive_loss` returns, in fp32, or in fp64 for fp64 features."""
+    losses = []
+    for logits_NL, matched_NL, valid_NL, duplicate_NL in _views(x_ND, y_MD, logit_scale, None, pairs, compute_dtype):
+        counted_N = (matched_NL & valid_NL).any(dim=1)
+        # What is invalid keeps its match as its only candidate: a finite loss, which the mean then leaves out.
+        candidate_NL = valid_NL | matched_NL
+        if pairs.duplicates == "ignore":
+            candidate_NL = candidate_NL & ~duplicate_NL
+        positive_NL = matched_NL | duplicate_NL if pairs.duplicates == "positive" else matched_NL
+        num_rows = len(logits_NL)
+        row_loss_N = _cross_entropy(logits_NL, candidate_NL, positive_NL)
+        column_loss_N = _cross_entropy(*(matrix[:, :num_rows].T for matrix in (logits_NL, candidate_NL, positive_NL)))
+        loss_N = weights[0] * row_loss_N + weights[1] * column_loss_N
+        losses.append((loss_N * counted_N).sum() / counted_N.sum().clamp(min=1))
+    return torch.stack(losses).mean()
 
-    The arguments mean what they mean in `scaleclip_kernels.softmax_contrastive_loss`, which checks them.
-    """
-    num_pairs, device = len(x_ND), x_ND.device
-    valid_N = torch.ones(num_pairs, dtype=torch.bool, device=device) if valid_N is None else valid_N
-    matched_NN = torch.eye(num_pairs, dtype=torch.bool, device=device)
-    both_valid_NN = valid_N.unsqueeze(1) & valid_N
-    duplicate_NN = torch.zeros_like(matched_NN)
-    if duplicates != "negative" and ids_N is not None:
-        duplicate_NN = (ids_N.unsqueeze(1) == ids_N) & both_valid_NN & ~matched_NN
 
-    # An invalid pair keeps itself as its only candidate: a finite loss, which the mean then leaves out.
-    candidate_NN = both_valid_NN | matched_NN
-    if duplicates == "ignore":
-        candidate_NN = candidate_NN & ~duplicate_NN
-    positive_NN = matched_NN | duplicate_NN if duplicates == "positive" else matched_NN
+def sigmoid_contrastive_loss(
+    x_ND: Tensor, y_MD: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: "Pairs", compute_dtype: torch.dtype
+) -> Tensor:
+    """What `scaleclip_kernels.sigmoid_contrastive_loss` returns, in fp32, or in fp64 for fp64 features."""
+    losses = []
+    for logits_NL, matched_NL, valid_NL, duplicate_NL in _views(x_ND, y_MD, logit_scale, logit_bias, pairs, compute_dtype):
+        counted_NL = valid_NL & ~duplicate_NL if pairs.duplicates == "ignore" else valid_NL
+        positive_NL = matched_NL | duplicate_NL if pairs.duplicates == "positive" else matched_NL
+        loss_NL = -logsigmoid(torch.where(positive_NL, logits_NL, -logits_NL))
+        losses.append((loss_NL * counted_NL).sum() / (matched_NL & valid_NL).sum().clamp(min=1))
+    return torch.stack(losses).mean()
 
+
+def _views(
+    x_ND: Tensor,
+    y_MD: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    pairs: "Pairs",
+    compute_dtype: torch.dtype,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Each view's logits [N, L] and which of them are matched, valid, and duplicates of a match."""
+    device, num_rows = x_ND.device, len(x_ND)
+    valid_N = torch.ones(num_rows, dtype=torch.bool, device=device) if pairs.valid is None else pairs.valid
+    valid_M = torch.ones(len(y_MD), dtype=torch.bool, device=device) if pairs.column_valid is None else pairs.column_valid
+    dtype = torch.promote_types(compute_dtype, torch.float32)
+    views = []
     with torch.autocast(device.type, enabled=False):
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        # masked_fill, not a product: an invalid row may hold NaN.
-        x_ND = x_ND.to(dtype).masked_fill(~valid_N.unsqueeze(1), 0)
-        y_ND = y_ND.to(dtype).masked_fill(~valid_N.unsqueeze(1), 0)
-        logits_NN = logit_scale.to(dtype) * (x_ND @ y_ND.T)
-        row_loss_N = _cross_entropy(logits_NN, candidate_NN, positive_NN)
-        column_loss_N = _cross_entropy(logits_NN.T, candidate_NN, positive_NN)  # both masks are symmetric
-        return 0.5 * ((row_loss_N + column_loss_N) * valid_N).sum() / valid_N.sum().clamp(min=1)
+        # masked_fill, not a product: what is invalid may hold NaN
+        x_ND = x_ND.to(compute_dtype).to(dtype).masked_fill(~valid_N.unsqueeze(1), 0)
+        y_MD = y_MD.to(compute_dtype).to(dtype).masked_fill(~valid_M.unsqueeze(1), 0)
+        for view in pairs.view_slices():
+            columns = slice(view.start, view.stop + pairs.extras)
+            logits_NL = logit_scale.to(dtype) * (x_ND @ y_MD[columns].T)
+            if logit_bias is not None:
+                logits_NL = logits_NL + logit_bias.to(dtype)
+            matched_NL = torch.eye(*logits_NL.shape, dtype=torch.bool, device=device)
+            valid_NL = valid_N.unsqueeze(1) & valid_M[columns]
+            duplicate_NL = torch.zeros_like(matched_NL)
+            if pairs.ids is not None and pairs.column_ids is not None:
+                duplicate_NL = (pairs.ids.unsqueeze(1) == pairs.column_ids[columns]) & valid_NL & ~matched_NL
+            views.append((logits_NL, matched_NL, valid_NL, duplicate_NL))
+    return views
 
 
-def _cross_entropy(logits_NN: Tensor, candidate_NN: Tensor, positive_NN: Tensor) -> Tensor:
+def _cross_entropy(logits_NL: Tensor, candidate_NL: Tensor, positive_NL: Tensor) -> Tensor:
     """Row i: the mean over its positives of -log softmax over its candidates."""
-    normaliser_N = logits_NN.masked_fill(~candidate_NN, -torch.inf).logsumexp(dim=1)
-    log_prob_NN = logits_NN - normaliser_N.unsqueeze(1)
-    return -log_prob_NN.masked_fill(~positive_NN, 0).sum(dim=1) / positive_NN.sum(dim=1)
+    normaliser_N = logits_NL.masked_fill(~candidate_NL, -torch.inf).logsumexp(dim=1)
+    log_prob_NL = logits_NL - normaliser_N.unsqueeze(1)
+    return -log_prob_NL.masked_fill(~positive_NL, 0).sum(dim=1) / positive_NL.sum(dim=1)

@@ -1,0 +1,72 @@
+"""What schedules and backends speak of: the two sides of the similarity matrix, and blocks of it.
+
+Shapes: N rows (x), M columns (y), D feature dims; n and m are the rows and columns of one block.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits are kept in base 2 where an exponential follows: exp2 is the cheaper one on CPUs and GPUs alike.
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+class Side(NamedTuple):
+    """Rows or columns of the similarity matrix: n feature vectors and what is known of each."""
+
+    features: Tensor
+    """[n, D] in the compute dtype, zero where invalid."""
+    invalid: Tensor | None
+    """bool [n]; None: all valid."""
+    ids: Tensor | None
+    """int64 [n]; None: ids play no part."""
+
+    def part(self, which: slice) -> "Side":
+        invalid, ids = (None if tensor is None else tensor[which] for tensor in (self.invalid, self.ids))
+        return Side(self.features[which], invalid, ids)
+
+
+class Matched(NamedTuple):
+    """Which pairs of a block belong together: (row + k, column + k) for k in range(length)."""
+
+    row: int
+    column: int
+    length: int
+
+
+class Block(NamedTuple):
+    """The logits of n rows against m columns. Matched pairs are left to the caller, who holds both their features."""
+
+    x: Side
+    y: Side
+    matched: Matched
+    duplicates_are_positive: bool
+    """What ids do to a pair that is not matched: make it one more positive, or leave it out of the denominators."""
+
+
+# Enough for a few passes to stay in a core's cache, and for a matrix product to reach its full rate.
+ELEMENTS_AT_A_TIME = 1 << 21
+
+
+def row_chunks(num_rows: int, row_elements: int) -> Iterator[slice]:
+    """Slices of rows of about ELEMENTS_AT_A_TIME elements, so that elementwise work needs no second N x D tensor."""
+    step = max(1, ELEMENTS_AT_A_TIME // max(row_elements, 1))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def dot_rows(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """<a_i, b_i> in fp32 [N]."""
+    dots_N = torch.empty(len(a_ND), dtype=torch.float32, device=a_ND.device)
+    for rows in row_chunks(*a_ND.shape):
+        torch.sum(a_ND[rows].float() * b_ND[rows], dim=1, out=dots_N[rows])
+    return dots_N
+
+
+def add_scaled_rows(total_ND: Tensor, weight_N: Tensor, a_ND: Tensor) -> None:
+    """total_i += weight_i a_i in place, in fp32."""
+    for rows in row_chunks(*a_ND.shape):
+        total_ND[rows].addcmul_(weight_N[rows].unsqueeze(1), a_ND[rows].float())

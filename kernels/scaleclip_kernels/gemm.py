@@ -1,0 +1,90 @@
+"""fp32 matrix products for the panels: the CPU library that is fast and still fp32, whatever torch's global flags say.
+
+oneDNN's fp32 product can run at twice the rate of the one that PyTorch takes by default, but it is reached only through a flag
+that permits bf16 arithmetic, and on some CPUs that is what it then does. So its error is checked before it is taken; its
+speed is not, for a choice by timing would differ between runs and ranks and break bit-equal resume.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+CpuLibrary = Literal["onednn", "default"]
+VARIABLE = "SCALECLIP_KERNELS_CPU_GEMM"
+
+_onednn: Any = torch.backends.mkldnn
+# of the default library's error against fp64; bf16 arithmetic is several thousand times off
+_ALLOWED_ERROR = 3.0
+_PROBE_ROWS, _PROBE_CHECKED = 1024, 32
+
+
+def cpu_library(dim: int) -> CpuLibrary:
+    """The library that fp32 products of panels with `dim` feature dims run on; the same in every process on a machine.
+
+    SCALECLIP_KERNELS_CPU_GEMM=default|onednn overrules the check.
+
+    Raises:
+        ValueError: the variable holds anything else, or asks for oneDNN where PyTorch was built without it.
+    """
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in ("auto", "default", "onednn"):
+        raise ValueError(f"{VARIABLE}={wanted} is not one of default, onednn, auto")
+    if wanted == "onednn" and not _has_onednn():
+        raise ValueError(
+            f"{VARIABLE}=onednn: this PyTorch has no oneDNN product with a precision of its own; unset the variable"
+        )
+    if wanted == "default" or not _has_onednn():
+        return "default"
+    return "onednn" if wanted == "onednn" or _onednn_is_fp32(dim) else "default"
+
+
+@contextlib.contextmanager
+def fp32_products(device: torch.device, dim: int) -> Iterator[None]:
+    """fp32 products inside are fp32: no autocast, no TF32. Restores torch's flags, which are the whole process's."""
+    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as flags:
+        if device.type == "cpu" and _has_onednn():
+            flags.enter_context(_onednn_precision("bf16" if cpu_library(dim) == "onednn" else "ieee"))
+        if device.type == "cuda":
+            flags.enter_context(_precision(torch.backends.cuda.matmul, "ieee"))
+        yield
+
+
+def _has_onednn() -> bool:
+    return bool(_onednn.is_available()) and hasattr(_onednn, "matmul")
+
+
+def _onednn_precision(value: str) -> contextlib.AbstractContextManager[None]:
+    return _precision(_onednn.matmul, value)
+
+
+@contextlib.contextmanager
+def _precision(products: Any, value: str) -> Iterator[None]:
+    before, products.fp32_precision = products.fp32_precision, value
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@functools.cache
+def _onednn_is_fp32(dim: int) -> bool:
+    """Whether oneDNN's error in the three products of a panel is that of fp32."""
+    random = torch.Generator().manual_seed(0)
+    x_RD, y_RD = (torch.randn(_PROBE_ROWS, dim, generator=random) for _ in range(2))
+    panel_RR = torch.randn(_PROBE_ROWS, _PROBE_ROWS, generator=random)
+    return all(
+        _error(left, right, "bf16") <= _ALLOWED_ERROR * _error(left, right, "ieee")
+        for left, right in ((x_RD, y_RD.T), (panel_RR, y_RD), (panel_RR.T, x_RD))
+    )
+
+
+def _error(left: Tensor, right: Tensor, precision: str) -> float:
+    truth = left[:_PROBE_CHECKED].double() @ right.double()
+    with _onednn_precision(precision):
+        product = left @ right
+    return float((product[:_PROBE_CHECKED] - truth).norm())
