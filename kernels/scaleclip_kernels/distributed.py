@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -25,6 +26,10 @@ ScheduleName = Literal["auto", "ring", "gather"]
 MAX_RING_RANKS = 64
 # of gathered features in flight; two chunks are held at a time
 GATHERED_BYTES = 64 << 20
+
+# PyTorch 2.14 renamed both
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _log = logging.getLogger("scaleclip_kernels")
 
@@ -224,7 +229,7 @@ class Gather:
                 part = torch.cat([part, padding])
             sent.append(part.contiguous())
             everyone = part.new_empty(self.num_ranks * chunk.width, *part.shape[1:])
-            works.append(dist.all_gather_into_tensor(everyone, sent[-1], group=self._channels.data, async_op=True))
+            works.append(_all_gather(everyone, sent[-1], group=self._channels.data, async_op=True))
             gathered.append(everyone)
         return _Gathered(tuple(gathered), _Transfer(works, sent))
 
@@ -232,7 +237,7 @@ class Gather:
         combine, width = carried.combine, len(parts) // self.num_ranks
         if combine is None:
             total = parts.new_empty(width, *parts.shape[1:])
-            work = dist.reduce_scatter_tensor(total, parts, group=self._channels.gradients, async_op=True)
+            work = _reduce_scatter(total, parts, group=self._channels.gradients, async_op=True)
             return _Transfer([work], [parts], lambda: home.copy_(total[: len(home)]))
         received = torch.empty_like(parts)
         work = dist.all_to_all_single(received, parts, group=self._channels.gradients, async_op=True)
@@ -290,6 +295,8 @@ class RankError(RuntimeError):
     """The loss could not be computed because another rank failed; the message is the first failing rank's."""
 
 
+_FIRST_OWN_NUMBER = 1 << 30
+_num_made: Counter[tuple[int, ...]] = Counter()
 _channels: "weakref.WeakKeyDictionary[dist.ProcessGroup, Channels]" = weakref.WeakKeyDictionary()
 
 
@@ -359,7 +366,19 @@ def _here(tensor: Tensor | None) -> Tensor:
 
 
 def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:
-    made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    """Made by its members alone, unseen by the caller's own groups.
+
+    PyTorch counts the groups that a process makes and names the next one by that number, so a group made by some ranks only
+    would leave later groups, which all ranks make, with different names, and their making would hang. The number is put
+    back; the name has one of its own.
+    """
+    world: Any = dist.distributed_c10d._world
+    number, world.group_count = world.group_count, _FIRST_OWN_NUMBER + _num_made[tuple(ranks)]
+    _num_made[tuple(ranks)] += 1
+    try:
+        made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    finally:
+        world.group_count = number
     assert isinstance(made, dist.ProcessGroup), "this process is one of its ranks"
     return made
 

@@ -102,7 +102,7 @@ class _Softmax(torch.autograd.Function):
         loss_VN, directions = torch.zeros_like(matched_VN), []
         for sums, weight in zip((row_sums, column_sums), weights, strict=True):
             # extra columns, after the pairs, have no loss of their own
-            direction = None if sums is None else _direction(sums[: matched_VN.numel()].view(*matched_VN.shape, -1), matched_VN)
+            direction = None if sums is None else _direction(sums[: matched_VN.numel()], matched_VN)
             if direction is not None:
                 loss_VN += weight * direction.loss_VN
             directions.append(direction)
@@ -221,7 +221,8 @@ class _Direction(NamedTuple):
     num_positives_VN: Tensor | None
 
 
-def _direction(sums_VNK: Tensor, matched_VN: Tensor) -> _Direction:
+def _direction(sums_PK: Tensor, matched_VN: Tensor) -> _Direction:
+    sums_VNK = sums_PK.view(*matched_VN.shape, sums_PK.shape[1])
     largest_VN, sum_VN = sums_VNK[..., 0], sums_VNK[..., 1]
     # Log-odds of everything else against the matched pair. softplus keeps a loss of 1e-9 to full precision, where
     # log-sum-exp minus the matched logit would leave rounding noise.

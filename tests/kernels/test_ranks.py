@@ -1,0 +1,57 @@
+"""Ring and gather over gloo ranks: parameter gradients averaged over ranks equal those of one process."""
+
+import pytest
+import torch
+
+from loss_rank_jobs import Case, run_cases, step
+from ranks import run_ranks
+
+ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
+WORLD_SIZE = 4
+POSITIVE = {"duplicates": "positive"}
+CASES = {
+    "plain": Case(),
+    "validity": Case(labels=("valid",)),
+    "last_rank_invalid": Case(labels=("valid", "ids"), last_rank_invalid=True, options={"duplicates": "ignore"}),
+    "positive": Case(labels=("ids",), options=POSITIVE),
+    "views": Case(views=3, labels=ALL_LABELS, options=POSITIVE),
+    "extras": Case(extras=4, labels=ALL_LABELS, options={"duplicates": "ignore"}),
+    "unequal": Case(unequal=True),
+    "unequal_views": Case(unequal=True, views=2, labels=ALL_LABELS, options=POSITIVE),
+    "unequal_extras": Case(unequal=True, extras=3, labels=ALL_LABELS, options=POSITIVE),
+    "rows_only": Case(options={"weights": (1.0, 0.0)}),
+    "columns_only": Case(options={"weights": (0.0, 2.0)}),
+    "frozen_image": Case(frozen=("image",)),
+    "frozen_text": Case(frozen=("text",)),
+    "frozen_towers": Case(frozen=("image", "text")),
+    "bf16": Case(dtype=torch.bfloat16, labels=("valid",)),
+    "compute_bf16": Case(options={"compute_dtype": torch.bfloat16}),
+    "sigmoid": Case("sigmoid"),
+    "sigmoid_views": Case("sigmoid", views=2, labels=ALL_LABELS, options=POSITIVE),
+    "sigmoid_extras": Case("sigmoid", extras=4, labels=ALL_LABELS, options={"duplicates": "ignore"}),
+    "sigmoid_unequal": Case("sigmoid", unequal=True, labels=("valid",)),
+    "sigmoid_frozen_image": Case("sigmoid", frozen=("image",)),
+    "sigmoid_frozen_towers": Case("sigmoid", frozen=("image", "text")),
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """Every rank's results of all cases, from one start of the ranks."""
+    return run_ranks(run_cases, WORLD_SIZE, CASES)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_mean_over_ranks_is_one_process(results: list[dict], name: str, num_ranks: int, schedule: str) -> None:
+    case = CASES[name]
+    ranks = [result[num_ranks, schedule, name] for result in results[-num_ranks:]]
+    expected = step(case, case.sizes(num_ranks), None, None)
+    assert all(torch.equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
+    assert all(rank.keys() == expected.keys() for rank in ranks)
+    for key, true in expected.items():
+        mean = torch.stack([rank[key] for rank in ranks]).mean(dim=0)
+        # In bf16, W times a feature's gradient is rounded once more unless W is a power of two.
+        unit = 2**-7 if case.dtype == torch.bfloat16 else 2**-20
+        torch.testing.assert_close(mean, true, rtol=0, atol=unit * max(true.abs().max().item(), 1e-3))
