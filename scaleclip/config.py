@@ -118,11 +118,15 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    kind: Literal["softmax"] = "softmax"
-    """`softmax`: CLIP's symmetric InfoNCE."""
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax`: CLIP's symmetric InfoNCE; `sigmoid`: SigLIP's pairwise loss, which needs `model.init_logit_bias`."""
     duplicates: Literal["negative", "ignore", "positive"] = "negative"
     """Pairs of one concept (`data.concept_field`) in a batch: negatives as in CLIP, left out, or further positives."""
-    backend: Literal["auto", "panels", "reference"] = "auto"
+    schedule: Literal["auto", "ring", "gather"] = "auto"
+    """How features meet across ranks: passed round a ring, or gathered a chunk at a time; `auto`: the ring up to 64 ranks."""
+    compute_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What features are sent and multiplied in; sums, the logit scale and the loss are fp32 in both."""
+    backend: Literal["auto", "triton", "panels", "reference"] = "auto"
     """Implementation of the loss; one that cannot run is an error."""
 
 
@@ -323,6 +327,12 @@ def validate(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"loss.duplicates={config.loss.duplicates} needs data.concept_field: without it every pair is a concept of its own"
         )
+    if config.loss.backend == "reference" and world_size > 1:
+        raise ConfigError(
+            f"loss.backend=reference stores the whole matrix in one process and cannot run on {world_size} ranks: choose auto"
+        )
+    if config.loss.kind == "sigmoid" and config.model.init_logit_bias is None:
+        raise ConfigError("loss.kind=sigmoid needs model.init_logit_bias: SigLIP starts at -10")
     if config.model.init_logit_bias is not None and config.loss.kind == "softmax":
         raise ConfigError("model.init_logit_bias is set, but a softmax loss does not depend on a bias: unset it")
     if config.model.init_logit_scale > config.model.max_logit_scale:

@@ -29,9 +29,10 @@ _LOCK_WAIT_S = 10.0
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
 
-def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str) -> TextIO:
+def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str, loss_gemm: str) -> TextIO:
     """Make the run's folder, or check that the one there belongs to the same run, and note this start in it. Rank 0 only.
 
+    `loss_gemm` names the library of the loss's fp32 products: a run that goes on with another has other rounding.
     Returns a lock: while it is open no other process opens the run.
 
     Raises:
@@ -43,7 +44,7 @@ def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str) -> T
         held = lock(folder)
         starts = _check_same_run(folder, config, manifest_fingerprint)
         write_atomic(folder / "config.yaml", to_yaml(config))
-        starts.append(_this_start(world_size, manifest_fingerprint))
+        starts.append(_this_start(world_size, manifest_fingerprint, loss_gemm))
         write_atomic(folder / "provenance.json", json.dumps({"starts": starts}, indent=2))
     except OSError as error:
         raise ConfigError(
@@ -146,7 +147,7 @@ def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) 
     return starts
 
 
-def _this_start(world_size: int, manifest_fingerprint: str) -> dict[str, Any]:
+def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> dict[str, Any]:
     checkout = Path(__file__).parent.parent
     describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     # an installed package may lie inside somebody else's repository
@@ -163,4 +164,5 @@ def _this_start(world_size: int, manifest_fingerprint: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "manifest": manifest_fingerprint,
+        "loss_gemm": loss_gemm,
     }

@@ -31,6 +31,7 @@ from scaleclip.models.towers import check_tokenizer
 from scaleclip.optim import set_learning_rate
 from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.schedule import learning_rate
+from scaleclip_kernels.gemm import fp32_library
 
 
 def train(config: RunConfig) -> Path:
@@ -55,7 +56,8 @@ def train(config: RunConfig) -> Path:
 
     folder = Path(config.run.folder)
     with distributed.all_or_none():
-        held = open_run(config, world.size, manifest.fingerprint) if world.is_main else None
+        gemm = fp32_library(world.device, config.model.embed_dim)
+        held = open_run(config, world.size, manifest.fingerprint, gemm) if world.is_main else None
     start, finished = distributed.gather_objects((start_name(), finished_step(folder) == config.train.steps))[0]
     log = log_to(folder, world.rank, start)
     if finished:

@@ -111,6 +111,7 @@ def test_every_fault_has_its_line():
         (["data.crop_scale=[0.9, 1.2]"], "a crop cannot cover more than the image"),
         (["data.crop_ratio=[0, 1]"], "data.crop_ratio=[0.0, 1.0]"),
         (["data.concept_field=null", "loss.duplicates=ignore"], "loss.duplicates=ignore needs data.concept_field"),
+        (["loss.kind=sigmoid"], "loss.kind=sigmoid needs model.init_logit_bias"),
         (["model.init_logit_bias=-10"], "model.init_logit_bias is set, but a softmax loss"),
         (["model.init_logit_scale=200"], "model.init_logit_scale=200.0 is above model.max_logit_scale=100.0"),
     ],
@@ -122,6 +123,11 @@ def test_rules_between_fields(overrides, message):
         validate(config, world_size=1)
     assert message in str(caught.value)
     assert config == before, "validate never edits"
+
+
+def test_a_reference_loss_on_several_ranks_is_refused():
+    with pytest.raises(ConfigError, match=r"loss\.backend=reference .* cannot run on 2 ranks"):
+        validate(load_config(ROOT / "configs" / "demo.yaml", ["loss.backend=reference"]), world_size=2)
 
 
 def test_more_ranks_than_pairs_are_refused():

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "report": {"evaluation", "metrics"},
     "train": {
         "checkpoint", "config", "data", "distributed", "engine", "evaluation", "guard", "losses", "metrics", "models",
-        "optim", "run_folder", "schedule",
+        "optim", "run_folder", "scaleclip_kernels", "schedule",
     },
     "cli": {"checkpoint", "config", "data", "evaluation", "models", "report", "run_folder", "train"},
     "__main__": {"cli"},

@@ -147,7 +147,8 @@ class Ring:
         return cargo
 
     def total(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self._channels.data)
+        with _answer_from("another rank of the group"):
+            dist.all_reduce(tensor, group=self._channels.data)
         return tensor
 
     def _pass_on(
@@ -162,7 +163,10 @@ class Ring:
             for tensor in tensors
             if tensor is not None and tensor.numel() > 0
         ]
-        return _Transfer(dist.batch_isend_irecv(steps) if steps else [], leaving)
+        whom = f"rank {before} or {after} of {self.num_ranks}"
+        with _answer_from(whom):
+            works = dist.batch_isend_irecv(steps) if steps else []
+        return _Transfer(works, leaving, whom=whom)
 
 
 class Gather:
@@ -197,7 +201,8 @@ class Gather:
         return home
 
     def total(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self._channels.data)
+        with _answer_from("another rank of the group"):
+            dist.all_reduce(tensor, group=self._channels.data)
         return tensor
 
     def _chunks(self, features: Tensor) -> list["_Chunk"]:
@@ -229,7 +234,8 @@ class Gather:
                 part = torch.cat([part, padding])
             sent.append(part.contiguous())
             everyone = part.new_empty(self.num_ranks * chunk.width, *part.shape[1:])
-            works.append(_all_gather(everyone, sent[-1], group=self._channels.data, async_op=True))
+            with _answer_from("another rank of the group"):
+                works.append(_all_gather(everyone, sent[-1], group=self._channels.data, async_op=True))
             gathered.append(everyone)
         return _Gathered(tuple(gathered), _Transfer(works, sent))
 
@@ -329,13 +335,20 @@ class _Chunk(NamedTuple):
 class _Transfer:
     """Messages on their way; `then` runs once, when they have arrived."""
 
-    def __init__(self, works: list[Any], sent: Sequence[Tensor | None] = (), then: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        works: list[Any],
+        sent: Sequence[Tensor | None] = (),
+        then: Callable[[], Any] | None = None,
+        whom: str = "another rank of the group",
+    ) -> None:
         # what is sent must stay in memory until it has left
-        self._works, self._sent, self._then = works, sent, then
+        self._works, self._sent, self._then, self._whom = works, sent, then, whom
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        with _answer_from(self._whom):
+            for work in self._works:
+                work.wait()
         if self._then is not None:
             self._then()
         self._works, self._sent, self._then = [], (), None
@@ -363,6 +376,16 @@ def _like(tensors: tuple[Tensor | None, ...], size: int) -> tuple[Tensor | None,
 def _here(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "asked for what does not travel"
     return tensor
+
+
+@contextlib.contextmanager
+def _answer_from(whom: str) -> Iterator[None]:
+    """Say what an error of the network means, and keep its first line: gloo's go on for a paragraph."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        raise RankError(f"no answer from {whom}: it has died, failed or lost its network ({first_line})") from error
 
 
 def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:

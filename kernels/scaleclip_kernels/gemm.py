@@ -23,6 +23,11 @@ _ALLOWED_ERROR = 3.0
 _PROBE_ROWS, _PROBE_CHECKED = 1024, 32
 
 
+def fp32_library(device: torch.device, dim: int) -> str:
+    """Name of the library behind `fp32_products`, for a run's record."""
+    return cpu_library(dim) if device.type == "cpu" else device.type
+
+
 def cpu_library(dim: int) -> CpuLibrary:
     """The library that fp32 products of panels with `dim` feature dims run on; the same in every process on a machine.
 
