@@ -110,16 +110,15 @@ def log_to(folder: Path, rank: int, start: str) -> logging.Logger:
     """The logger of this rank: news and warnings on rank 0's terminal, everything in log/<start>/<rank>.log."""
     path = folder / "log" / start / f"{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = logging.getLogger("scaleclip")
-    log.handlers.clear()
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(file)
-    if rank == 0:
-        log.addHandler(RichHandler(show_path=False, show_level=False))
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    return log
+    terminal = [RichHandler(show_path=False, show_level=False)] if rank == 0 else []
+    for name in ("scaleclip", "scaleclip_kernels"):
+        log = logging.getLogger(name)
+        log.handlers = [file, *terminal]
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return logging.getLogger("scaleclip")
 
 
 def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) -> list[dict[str, Any]]:

@@ -34,9 +34,7 @@ class Result(NamedTuple):
     logit_bias: Tensor
 
 
-def features(
-    regime: str, num_pairs: int, dim: int, seed: int = 0, *, views: int = 1, extras: int = 0
-) -> tuple[Tensor, Tensor]:
+def features(regime: str, num_pairs: int, dim: int, seed: int = 0, *, views: int = 1, extras: int = 0) -> tuple[Tensor, Tensor]:
     """Unit-length fp32 x [N, D] and y [V N + extras, D].
 
     "random"; "gap": the modalities far apart but for two pairs; "low": nearly solved; "hot": the modalities far apart, and

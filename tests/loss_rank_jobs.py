@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from scaleclip_kernels import distributed, panels, sigmoid_contrastive_loss, softmax_contrastive_loss
+from scaleclip_kernels import distributed, gemm, panels, sigmoid_contrastive_loss, softmax_contrastive_loss
+from storage_tracker import StorageTracker
 
 DIM, FEATURES = 16, 8
 LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
@@ -116,3 +117,19 @@ def run_cases(cases: dict[str, Case]) -> dict[tuple[int, str, str], dict[str, Te
                 sizes = case.sizes(num_ranks)
                 results[num_ranks, schedule, name] = step(case, sizes, dist.get_rank(group), group, schedule=schedule)
     return results
+
+
+def ring_peak_bytes(num_pairs: int, dim: int) -> dict[int, int]:
+    """Bytes that a forward and backward pass over a ring holds at its peak, by number of ranks; fixed pairs a rank."""
+    panels.PANEL_ROWS = panels.PANEL_COLUMNS = 32
+    gemm.cpu_library(dim)  # its check, once a process, is not what is measured
+    world_size, peaks = dist.get_world_size(), {}
+    for num_ranks in range(2, world_size + 1):
+        group = dist.new_group(list(range(num_ranks)))
+        if dist.get_rank() >= num_ranks:
+            continue
+        x, y = (torch.randn(num_pairs, dim, requires_grad=True) for _ in range(2))
+        with StorageTracker() as tracker:
+            softmax_contrastive_loss(x, y, torch.tensor(5.0), group=group, schedule="ring").backward()
+        peaks[num_ranks] = tracker.peak_bytes
+    return peaks

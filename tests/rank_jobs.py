@@ -1,5 +1,6 @@
 """What tests run on ranks of their own (tests/ranks.py). DeepSpeed bears one engine a process."""
 
+import itertools
 import math
 import resource
 from collections import Counter
@@ -17,6 +18,7 @@ from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.optim import set_learning_rate
 from scaleclip.train import train
+from scaleclip_kernels import panels
 
 
 def train_run(config_path: str, overrides: list[str]) -> str:
@@ -28,6 +30,24 @@ def train_on_a_full_disk(config_path: str, overrides: list[str], full_rank: int)
     world = distributed.init()
     if world.rank == full_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    try:
+        return str(train(load_config(config_path, overrides)))
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+
+
+def train_with_a_failing_loss(config_path: str, overrides: list[str], bad_rank: int) -> str:
+    """The error of a run in which one rank's third forward pass of the loss fails."""
+    world = distributed.init()
+    if world.rank == bad_rank:
+        calls, fold = itertools.count(), panels.fold_softmax
+
+        def fail_at_step_three(*args: Any) -> None:
+            if next(calls) >= 2 * world.size:
+                raise MemoryError("no room for this block")
+            fold(*args)
+
+        panels.fold_softmax = fail_at_step_three
     try:
         return str(train(load_config(config_path, overrides)))
     except Exception as caught:
@@ -94,6 +114,7 @@ class HostReads(TorchDispatchMode):
 
 def count_host_reads(config_path: str, overrides: list[str]) -> dict[str, int]:
     """Host reads in three steps after the first."""
+    panels.without_idle_mask = lambda side: side  # a look at the mask that only the CPU takes: this CPU stands for a GPU
     config = load_config(config_path, overrides)
     world = distributed.init()
     model = DualEncoder(config.model)

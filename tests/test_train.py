@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import make_sample, write_tar
-from rank_jobs import train_on_a_full_disk, train_run
+from rank_jobs import train_on_a_full_disk, train_run, train_with_a_failing_loss
 from ranks import run_ranks
 from runs import exact, figures, finish, rows, run, signal_when, start
 from scaleclip import checkpoint
@@ -187,6 +187,15 @@ def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, 
     assert checkpoint.newest(tmp_path) == intact
     run(*arguments)
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_loss_that_fails_on_one_rank_ends_all_with_its_message(tiny_config_path, tmp_path):
+    errors = run_ranks(train_with_a_failing_loss, 3, tiny_config_path, [f"run.folder={tmp_path}"], 1, timeout_s=90)
+    assert errors[1] == "MemoryError: no room for this block"
+    for rank in (0, 2):
+        first = "the first failure was on rank 1 of 3: MemoryError: no room for this block"
+        assert errors[rank] == f"RankError: rank {rank} of 3 stops, {first}"
 
 
 @pytest.mark.slow

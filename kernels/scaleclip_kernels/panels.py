@@ -183,7 +183,7 @@ def _panels(block: Block) -> Iterator[_Panel]:
     num_rows, num_columns = len(block.x.features), len(block.y.features)
     if block.x.features.device.type == "cpu":
         # Most blocks have no invalid pair. Looking costs nothing here; on other devices it would wait for the device.
-        block = block._replace(x=_without_idle_mask(block.x), y=_without_idle_mask(block.y))
+        block = block._replace(x=without_idle_mask(block.x), y=without_idle_mask(block.y))
     size = min(PANEL_ROWS, num_rows) * min(PANEL_COLUMNS, num_columns)
     buffers = torch.empty(2, size, dtype=torch.float32, device=block.x.features.device)
     for row in range(0, num_rows, PANEL_ROWS):
@@ -194,5 +194,6 @@ def _panels(block: Block) -> Iterator[_Panel]:
             yield _Panel(block, rows, columns, x_RD, block.y.features[columns].float(), buffers)
 
 
-def _without_idle_mask(side: Side) -> Side:
+def without_idle_mask(side: Side) -> Side:
+    """The side without its mask if nothing is masked. Reads the mask."""
     return side if side.invalid is None or bool(side.invalid.any()) else side._replace(invalid=None)

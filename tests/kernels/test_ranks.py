@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loss_rank_jobs import Case, run_cases, step
+from loss_rank_jobs import Case, ring_peak_bytes, run_cases, step
 from ranks import run_ranks
 
 ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
@@ -55,3 +55,12 @@ def test_mean_over_ranks_is_one_process(results: list[dict], name: str, num_rank
         # In bf16, W times a feature's gradient is rounded once more unless W is a power of two.
         unit = 2**-7 if case.dtype == torch.bfloat16 else 2**-20
         torch.testing.assert_close(mean, true, rtol=0, atol=unit * max(true.abs().max().item(), 1e-3))
+
+
+def test_memory_of_a_ring_does_not_grow_with_its_ranks() -> None:
+    """At most: both gradients, two foreign blocks and two of their gradients, and change."""
+    num_pairs, dim = 512, 128
+    block_bytes = 4 * num_pairs * dim
+    for peaks in run_ranks(ring_peak_bytes, WORLD_SIZE, num_pairs, dim):
+        assert all(peak == pytest.approx(peaks[min(peaks)], rel=0.02) for peak in peaks.values())
+        assert 5 * block_bytes < max(peaks.values()) < 7.5 * block_bytes

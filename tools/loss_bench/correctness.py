@@ -122,7 +122,7 @@ def plain_torch(kind: Kind, comparison: Comparison) -> "Loss":
 
 def over_ranks(steps: Sequence[Step], feature_factor: float) -> Step:
     """The global step from every rank's: features side by side, scalars as the trainer's mean over ranks makes them."""
-    gradients = []
+    gradients: list[Tensor | None] = []
     for field, parts in enumerate(zip(*(step.gradients for step in steps), strict=True)):
         there = [part for part in parts if part is not None]
         if len(there) < len(parts):
@@ -140,7 +140,8 @@ def errors(step: Step, truth: Step) -> Errors:
         for mine, true in zip(step.gradients, truth.gradients, strict=True)
     ]
     x, y, scale, bias = found
-    assert x is not None and y is not None and scale is not None, "the truth has every gradient"
+    if x is None or y is None or scale is None:
+        raise AssertionError("the truth has every gradient")
     return Errors(loss, x, y, scale, bias)
 
 

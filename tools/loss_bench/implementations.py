@@ -144,8 +144,8 @@ def _inf_cl(setup: Setup) -> "Loss":
         raise CannotRun(f"inf_cl needs a dim that is a multiple of 16, not {setup.comparison.dim}")
     one_way = module.cal_inf_loss
     return lambda x, y, scale, bias: (
-        one_way(x, y, scale=scale, head_dim=head_dim) + one_way(y, x, scale=scale, head_dim=head_dim)
-    ) / 2
+        (one_way(x, y, scale=scale, head_dim=head_dim) + one_way(y, x, scale=scale, head_dim=head_dim)) / 2
+    )
 
 
 def _autocast(setup: Setup, call: "Callable[[], Tensor]") -> "Tensor":

@@ -6,6 +6,7 @@ from typing import Literal
 
 Kind = Literal["softmax", "sigmoid"]
 Mode = Literal["forward", "full"]
+Device = Literal["cpu", "cuda"]
 Task = Literal["time", "memory", "profile"]
 Status = Literal["ok", "wrong", "cannot run", "died"]
 
@@ -28,16 +29,16 @@ class Comparison:
     world: int = 1
     threads: int = 1
     """A rank."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
 
     @property
     def pairs_per_rank(self) -> int:
         return self.batch // self.world
 
     @property
-    def input_bytes(self) -> int:
-        """Of a rank's x and y."""
-        return 2 * self.pairs_per_rank * self.dim * DTYPE_BYTES[self.dtype]
+    def input_bytes_per_pair(self) -> float:
+        """Of a rank's x and y, for each pair of the global batch."""
+        return 2 * self.dim * DTYPE_BYTES[self.dtype] / self.world
 
     def title(self) -> str:
         ranks = "" if self.world == 1 else f", {self.world} ranks"
@@ -62,6 +63,10 @@ class Point:
     @property
     def name(self) -> str:
         return self.impl.partition("=")[0]
+
+    def label(self) -> str:
+        settings = " ".join(word for word in (self.name, self.variant, self.precision) if word)
+        return f"{settings}, {self.comparison.title()}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends: counted at torch's collective operators, and the formula for our schedules.
+"""Bytes that a rank sends, counted at torch's collective operators.
 
 Counted where torch.distributed hands its work to the backend (the operators of c10d), so whatever a loss calls is seen. How a
 collective is counted, for W ranks (what the usual bandwidth-optimal algorithms send):
@@ -8,8 +8,6 @@ collective is counted, for W ranks (what the usual bandwidth-optimal algorithms 
 | reduce-scatter, all-to-all | (W - 1) / W of the rank's input |
 | all-reduce | 2 (W - 1) / W of the tensor |
 | scatter | the root: every part but its own |
-
-Shapes: c columns on a rank (V views and extras), D feature dims.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +16,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss_bench.points import Kind, Mode
 
-
-class CountSent(TorchDispatchMode):
+class CountSent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that this rank of `num_ranks` sends inside."""
 
     def __init__(self, num_ranks: int, rank: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_ranks, self.rank, self.sent_bytes = num_ranks, rank, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -35,44 +31,6 @@ class CountSent(TorchDispatchMode):
                 raise RuntimeError(f"no rule says how many bytes {func._schema.name} sends: add one to {__name__}._RULES")
             self.sent_bytes += _RULES[operator](self.num_ranks, self.rank, *args)
         return func(*args, **(kwargs or {}))
-
-
-def sent_bytes(
-    kind: Kind,
-    schedule: str,
-    num_ranks: int,
-    columns: int,
-    dim: int,
-    feature_bytes: int,
-    mode: Mode,
-    *,
-    views: int = 1,
-    has_ids: bool = False,
-    positives: bool = False,
-) -> float:
-    """What a rank of scaleclip_kernels sends in one step, all of x, y, scale and bias wanting gradients.
-
-    `columns` are a rank's own (the same on all ranks), `feature_bytes` an element's in the compute dtype, `positives` says
-    that duplicates="positive".
-    """
-    if num_ranks == 1:
-        return 0.0
-    # features, validity, ids; then what is added to on the way: column statistics, or the columns' gradients
-    fixed = dim * feature_bytes + 1 + 8 * has_ids
-    statistics, gradient = 4 * (4 if positives else 2), 4 * dim
-    terms = 4 * (2 if positives else 1)
-    tours = {
-        ("softmax", "forward"): [(fixed, statistics)],
-        ("softmax", "full"): [(fixed, statistics), (fixed + terms, gradient)],
-        ("sigmoid", "forward"): [(fixed, 0)],
-        ("sigmoid", "full"): [(fixed, gradient)],
-    }[kind, mode]
-    # Around a ring, what is carried must also come home: one hop more.
-    homeward = num_ranks if schedule == "ring" else num_ranks - 1
-    a_column = sum((num_ranks - 1) * there + homeward * back for there, back in tours)
-    # the softmax's sums and counts in fp32; the sigmoid's counts in int64 and its sum in fp64
-    totals = 8 * views if kind == "softmax" else 8 * views + 8
-    return columns * a_column + 2 * (num_ranks - 1) / num_ranks * totals
 
 
 def _bytes(tensors: Tensor | Sequence[Tensor]) -> int:
@@ -92,7 +50,9 @@ def _all_to_all(num_ranks: int, rank: int, outputs: Any, inputs: Any, *rest: Any
     return _bytes([part for receiver, part in enumerate(inputs) if receiver != rank])
 
 
-def _all_to_all_single(num_ranks: int, rank: int, output: Any, tensor: Any, group: Any, out: Any, split: Any, *rest: Any) -> float:
+def _all_to_all_single(
+    num_ranks: int, rank: int, output: Any, tensor: Any, group: Any, out: Any, split: Any, *rest: Any
+) -> float:
     own = split[rank] / max(sum(split), 1) if split else 1 / num_ranks
     return _bytes(tensor) * (1 - own)
 

@@ -1,0 +1,168 @@
+"""Roofline arithmetic for GPUs: every term of a step named, nothing measured.
+
+One step of the softmax loss, forward and backward, on one of W ranks: n = N / W rows against N columns of D bf16 features.
+Peak rates are the vendors' data sheets (dense bf16 without sparsity): NVIDIA A100, H100, H200 and HGX B200, SXM versions.
+What share of a peak is reached, and the latencies, are typical figures; they are printed with the result.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from loss_bench.formulas import sent_bytes
+from loss_bench.points import DTYPE_BYTES
+
+BATCHES = (32_768, 131_072, 1_048_576)
+LAYOUTS = ((1, "alone"), (8, "ring"), (8, "gather"), (64, "ring"), (64, "gather"), (256, "ring"), (256, "gather"))
+"""Ranks and schedule."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Data-sheet rates."""
+
+    bf16_flop_per_s: float
+    memory_bytes_per_s: float
+    num_multiprocessors: int
+    clock_hz: float
+    """At which the peak above is stated."""
+    node_bytes_per_s: float
+    """NVLink, one direction."""
+    network_bytes_per_s: float
+    """Network card of one GPU in the vendor's server, one direction."""
+
+
+CHIPS = {
+    "a100": Chip(312e12, 2.04e12, 108, 1.41e9, 300e9, 25e9),
+    "h100": Chip(989e12, 3.35e12, 132, 1.83e9, 450e9, 50e9),
+    "h200": Chip(989e12, 4.8e12, 132, 1.83e9, 450e9, 50e9),
+    "b200": Chip(2250e12, 8e12, 148, 1.85e9, 900e9, 50e9),
+}
+
+RANKS_PER_NODE = 8
+MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.9, 0.8
+NODE_HOP_S, NETWORK_HOP_S = 10e-6, 25e-6
+# Instructions an element of the logits in kernels compiled ahead of time for sm90 (128 x 128 tiles, two exponentials).
+FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = 21, 12
+LANES = 128  # a multiprocessor: four schedulers of 32 threads
+TILE, PANEL = 128, 4096
+CHUNK_BYTES = 64 << 20
+FEATURE_BYTES = DTYPE_BYTES["bf16"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a step, and the resource that it takes."""
+
+    phase: str
+    name: str
+    resource: str
+    formula: str
+    seconds: float
+
+
+def terms(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[Term]:
+    """Every part of one rank's step."""
+    pairs, rows = batch / world * batch, batch / world
+    matmul_rate = MATMUL_SHARE * chip.bf16_flop_per_s
+    issue_rate = chip.num_multiprocessors * LANES * chip.clock_hz
+    memory_rate = MEMORY_SHARE * chip.memory_bytes_per_s
+    features = (rows + batch) * dim * FEATURE_BYTES
+    partials = 2 * 8 * 2 * pairs / TILE
+    accumulation = 2 * 2 * 4 * pairs * dim / PANEL
+    local = [
+        Term("forward", "logits", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
+        Term("forward", "epilogue", _ISSUE, f"{FORWARD_INSTRUCTIONS} n N", FORWARD_INSTRUCTIONS * pairs / issue_rate),
+        Term("forward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
+        Term("forward", "partial sums written, read", _MEMORY, f"32 n N / {TILE} B", partials / memory_rate),
+        Term("backward", "logits again", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
+        Term("backward", "dX and dY", _TENSOR, "4 n N D", 4 * pairs * dim / matmul_rate),
+        Term("backward", "epilogue", _ISSUE, f"{BACKWARD_INSTRUCTIONS} n N", BACKWARD_INSTRUCTIONS * pairs / issue_rate),
+        Term("backward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
+        Term("backward", "gradient panel written, read twice", _MEMORY, "6 n N B", 6 * pairs / memory_rate),
+        Term("backward", "dX, dY accumulated in fp32", _MEMORY, f"16 n N D / {PANEL} B", accumulation / memory_rate),
+    ]
+    return local if world == 1 else [*local, *_transfers(chip, batch, dim, world, schedule)]
+
+
+_TENSOR, _ISSUE, _MEMORY, _LINK = "tensor cores", "instruction issue", "HBM", "link"
+
+
+def _transfers(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[Term]:
+    is_one_node = world <= RANKS_PER_NODE
+    link_rate = LINK_SHARE * (chip.node_bytes_per_s if is_one_node else chip.network_bytes_per_s)
+    hop_s = NODE_HOP_S if is_one_node else NETWORK_HOP_S
+    columns = math.ceil(batch / world)
+    forward, step = (sent_bytes("softmax", schedule, world, columns, dim, FEATURE_BYTES, mode) for mode in ("forward", "full"))
+    # A ring's hops follow one another. A collective takes log2(W) of them, and each chunk of gathered columns has its own:
+    # features, validity and sums forward; features, validity, log-sum-exps and gradients backward.
+    num_chunks = math.ceil(batch * dim * FEATURE_BYTES / CHUNK_BYTES)
+    collectives = num_chunks * math.log2(world)
+    if schedule == "ring":
+        latencies = [("latency of hops", "W", float(world))] * 2
+    else:
+        latencies = [("latency of collectives", f"{n} C log2 W", n * collectives) for n in (3, 4)]
+    sent = [("columns, statistics sent", forward), ("columns, dY sent", step - forward)]
+    parts = []
+    for phase, (name, formula, hops), (what, num_bytes) in zip(("forward", "backward"), latencies, sent, strict=True):
+        parts.append(Term(phase, what, _LINK, "bytes a rank (see --world)", num_bytes / link_rate))
+        parts.append(Term(phase, name, _LINK, formula, hops * hop_s))
+    return parts
+
+
+def by_resource(parts: Sequence[Term]) -> dict[str, float]:
+    """Seconds that each resource is busy."""
+    busy: dict[str, float] = defaultdict(float)
+    for term in parts:
+        busy[term.resource] += term.seconds
+    return dict(busy)
+
+
+def show(console: Console, name: str, batch: int, dim: int) -> None:
+    """Print the terms, a column a number of ranks and schedule."""
+    chip = CHIPS[name]
+    estimates = [terms(chip, batch, dim, *layout) for layout in LAYOUTS]
+    table = Table(
+        title=f"ESTIMATE, not measured: {name}, N = {batch:,}, D = {dim}, bf16, ms on one of W ranks", title_justify="left"
+    )
+    for column in ("phase", "term", "takes", "formula"):
+        table.add_column(column, no_wrap=True)
+    for world, schedule in LAYOUTS:
+        table.add_column(f"W = {world}\n{schedule}", justify="right")
+    by_name = [{(term.phase, term.name): term for term in parts} for parts in estimates]
+    for key in dict.fromkeys(key for named in by_name for key in named):
+        there = next(named[key] for named in by_name if key in named)
+        table.add_row(
+            *key, there.resource, there.formula, *(_ms(named[key].seconds if key in named else None) for named in by_name)
+        )
+    table.add_section()
+    sums = [sum(term.seconds for term in parts) for parts in estimates]
+    table.add_row("both", "nothing overlapped", "", "sum of all terms", *map(_ms, sums), style="bold")
+    busiest = [max(by_resource(parts).items(), key=lambda item: item[1]) for parts in estimates]
+    table.add_row("both", "all overlapped", "", "busiest resource", *(_ms(s) for _, s in busiest), style="bold")
+    table.add_row("", "bound by", "", "", *(resource for resource, _ in busiest))
+    table.caption = _assumptions(chip)
+    table.caption_justify = "left"
+    console.print(table)
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3g}"
+
+
+def _assumptions(chip: Chip) -> str:
+    tera, giga = 1e12, 1e9
+    return (
+        f"Data sheet: {chip.bf16_flop_per_s / tera:g} TFLOP/s dense bf16, {chip.memory_bytes_per_s / tera:g} TB/s, "
+        f"{chip.num_multiprocessors} multiprocessors at {chip.clock_hz / giga:g} GHz, "
+        f"NVLink {chip.node_bytes_per_s / giga:g} GB/s and network {chip.network_bytes_per_s / giga:g} GB/s one way.\n"
+        f"Taken for granted: {MATMUL_SHARE:.0%} of the matrix peak, {MEMORY_SHARE:.0%} of HBM's, {LINK_SHARE:.0%} of the links'; "
+        f"NVLink up to {RANKS_PER_NODE} ranks, the network beyond; {NODE_HOP_S * 1e6:g} or {NETWORK_HOP_S * 1e6:g} us a hop.\n"
+        f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in kernels compiled for sm90 "
+        f"({TILE} x {TILE} tiles, two exponentials), {LANES} an issue cycle and multiprocessor.\n"
+        "A step lies between the two totals. Nothing here was measured."
+    )
