@@ -133,3 +133,30 @@ def ring_peak_bytes(num_pairs: int, dim: int) -> dict[int, int]:
             softmax_contrastive_loss(x, y, torch.tensor(5.0), group=group, schedule="ring").backward()
         peaks[num_ranks] = tracker.peak_bytes
     return peaks
+
+
+def ring_events() -> list[str]:
+    """What happens on this rank in a forward pass over a ring, in order; each block is two panels high."""
+    events: list[str] = []
+    pass_on, wait, logits = distributed.Ring._pass_on, distributed._Transfer.wait, panels._Panel.logits
+
+    def noted_pass_on(self: Any, leaving: Any, arriving: Any, group: Any) -> Any:
+        name = "data" if group is self._channels.data else "sums"
+        events.append(f"{name} leave")
+        transfer = pass_on(self, leaving, arriving, group)
+        transfer.name = name
+        return transfer
+
+    def noted_wait(self: Any) -> None:
+        if self._works:
+            events.append(f"{self.name} awaited")
+        wait(self)
+
+    def noted_logits(self: Any, scale: Tensor) -> Tensor:
+        events.append("panel")
+        return logits(self, scale)
+
+    distributed.Ring._pass_on, distributed._Transfer.wait, panels._Panel.logits = noted_pass_on, noted_wait, noted_logits
+    panels.PANEL_ROWS = 4
+    softmax_contrastive_loss(torch.randn(8, 4), torch.randn(8, 4), torch.tensor(2.0), group=dist.group.WORLD, schedule="ring")
+    return events

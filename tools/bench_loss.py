@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
     except ValueError as error:
         parser.error(str(error))
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    # brackets in a message are no markup
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 240)
     # an exit that ends the children
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

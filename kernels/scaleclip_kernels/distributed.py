@@ -43,6 +43,17 @@ class Piece(NamedTuple):
     """Of a tensor that holds this rank's rows once a view, view after view."""
     matched: Matched
 
+    def within(self, columns: slice) -> "Piece | None":
+        """The part of this piece that lies in `columns`."""
+        start, stop = max(self.columns.start, columns.start), min(self.columns.stop, columns.stop)
+        if start >= stop:
+            return None
+        skipped = start - self.columns.start
+        row, column, length = self.matched
+        first, last = max(column, skipped), min(column + length, stop - self.columns.start)
+        matched = Matched(row + first - column, first - skipped, max(0, last - first))
+        return self._replace(columns=slice(start, stop), matched=matched)
+
 
 class Visit(NamedTuple):
     """Columns that are here now."""
@@ -110,7 +121,8 @@ class Alone:
 class Ring:
     """Columns travel from rank to rank; no rank ever holds more than two foreign blocks, whatever W is.
 
-    While a block is worked on, the next one is on its way (data channel) and so is what that one carries (gradient channel).
+    While a block is worked on the next one is on its way (data channel). What a block carries (gradient channel) leaves in
+    two halves, each when it has been added to: each then has the time of half a block's work to arrive.
     """
 
     def __init__(self, layout: Layout, channels: "Channels") -> None:
@@ -119,11 +131,13 @@ class Ring:
 
     def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
         most = max(map(self._layout.columns, range(self.num_ranks)))
+        # One border for all blocks: a half must not be overwritten while another block's other half leaves from there.
+        halves = (slice(0, most // 2), slice(most // 2, most))
         # made once: a block that has been passed on makes room for the next but one
         spare_fixed = [_like(fixed, most) for _ in range(2)]
         cargo = None if carried is None else carried.start(self._layout.columns(self._rank))
         spare_cargo = [] if cargo is None else [cargo.new_empty(most, *cargo.shape[1:]) for _ in range(2)]
-        cargo_on_its_way = _Transfer([])
+        cargo_on_its_way = [_Transfer([]) for _ in halves]
 
         for hop in range(self.num_ranks):
             owner, following = (self._rank - hop) % self.num_ranks, (self._rank - hop - 1) % self.num_ranks
@@ -131,19 +145,17 @@ class Ring:
             arriving = tuple(None if spare is None else spare[:size] for spare in spare_fixed[hop % 2])
             is_last = hop + 1 == self.num_ranks
             fixed_on_its_way = _Transfer([]) if is_last else self._pass_on(fixed, arriving, self._channels.data)
-
-            def arrived(transfer: _Transfer = cargo_on_its_way, cargo: Tensor | None = cargo) -> Tensor:
-                transfer.wait()
-                return _here(cargo)
-
-            work(Visit(fixed, _pieces(self._layout, owner, self._rank), arrived))
-            if cargo is not None:
-                sent = arrived()
-                cargo = spare_cargo[hop % 2][:size]
-                cargo_on_its_way = self._pass_on((sent,), (cargo,), self._channels.gradients)
+            next_cargo = spare_cargo[hop % 2][:size] if spare_cargo else None
+            pieces = _pieces(self._layout, owner, self._rank)
+            for number, half in enumerate(halves):
+                arrived = functools.partial(_after, cargo_on_its_way[number], cargo)
+                work(Visit(fixed, [part for piece in pieces if (part := piece.within(half))], arrived))
+                if next_cargo is not None:
+                    cargo_on_its_way[number] = self._pass_on([arrived()[half]], [next_cargo[half]], self._channels.gradients)
             fixed_on_its_way.wait()
-            fixed = arriving
-        cargo_on_its_way.wait()
+            fixed, cargo = arriving, next_cargo
+        for transfer in cargo_on_its_way:
+            transfer.wait()
         return cargo
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -371,6 +383,11 @@ def _pieces(layout: Layout, owner: int, rank: int) -> list[Piece]:
 
 def _like(tensors: tuple[Tensor | None, ...], size: int) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.new_empty(size, *tensor.shape[1:]) for tensor in tensors)
+
+
+def _after(transfer: _Transfer, tensor: Tensor | None) -> Tensor:
+    transfer.wait()
+    return _here(tensor)
 
 
 def _here(tensor: Tensor | None) -> Tensor:

@@ -120,8 +120,9 @@ class _Softmax(torch.autograd.Function):
             terms.append(None if direction is None else _terms(direction, anchor_VN))
         row_terms, column_terms = terms
         if column_terms is not None and call.pairs.extras:
-            no_loss = column_terms.new_tensor([torch.inf, 0.0])[: column_terms.shape[1]]
-            column_terms = torch.cat([column_terms, no_loss.expand(call.pairs.extras, -1)])
+            no_loss = column_terms.new_zeros(call.pairs.extras, column_terms.shape[1])
+            no_loss[:, 0] = torch.inf
+            column_terms = torch.cat([column_terms, no_loss])
 
         ctx.call, ctx.row_labels, ctx.column_labels = call, rows[1:], columns[1:]
         ctx.dtypes = x_ND.dtype, y_MD.dtype

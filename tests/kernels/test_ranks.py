@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loss_rank_jobs import Case, ring_peak_bytes, run_cases, step
+from loss_rank_jobs import Case, ring_events, ring_peak_bytes, run_cases, step
 from ranks import run_ranks
 
 ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
@@ -64,3 +64,14 @@ def test_memory_of_a_ring_does_not_grow_with_its_ranks() -> None:
     for peaks in run_ranks(ring_peak_bytes, WORLD_SIZE, num_pairs, dim):
         assert all(peak == pytest.approx(peaks[min(peaks)], rel=0.02) for peak in peaks.values())
         assert 5 * block_bytes < max(peaks.values()) < 7.5 * block_bytes
+
+
+def test_transfers_of_a_ring_overlap_its_work() -> None:
+    """The next block leaves before this one is worked on.
+
+    Half of its sums leave when half is done, and are waited for after the first panel's product, half a block later.
+    """
+    first = ["data leave", *["panel", "panel", "sums leave"] * 2, "data awaited"]
+    half = ["panel", "sums awaited", "panel", "sums leave"]
+    for events in run_ranks(ring_events, 3):
+        assert events == [*first, "data leave", *half * 2, "data awaited", *half * 2, "sums awaited", "sums awaited"]

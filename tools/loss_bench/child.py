@@ -21,7 +21,7 @@ from loss_bench import correctness, formulas, implementations, traffic
 from loss_bench.implementations import CannotRun, Implementation, Setup
 from loss_bench.memory import added_bytes
 from loss_bench.points import GEMM, Comparison, Errors, Job, RankResult, Sample
-from scaleclip_kernels.distributed import MAX_RING_RANKS
+from scaleclip_kernels.distributed import MAX_RING_RANKS, RankError
 from scaleclip_kernels.gemm import cpu_library, fp32_products
 
 if TYPE_CHECKING:
@@ -35,8 +35,16 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     _die_with_parent()
     job: Job = pickle.loads((folder / "job.pickle").read_bytes())
-    with _ranks(folder, rank, job.point.comparison):
-        result = measure(job, rank)
+    try:
+        with _ranks(folder, rank, job.point.comparison):
+            result = measure(job, rank)
+    except Exception as error:
+        _answer(folder, rank, RankResult("died", " ".join(f"{type(error).__name__}: {error}".split())))
+        raise
+    _answer(folder, rank, result)
+
+
+def _answer(folder: Path, rank: int, result: RankResult) -> None:
     partial = folder / f"{rank}.partial"
     partial.write_bytes(pickle.dumps(result))
     partial.rename(folder / f"{rank}.pickle")
@@ -61,6 +69,8 @@ def measure(job: Job, rank: int) -> RankResult:
         found, plain = _check(point.impl, implementation, setup, loss, device)
     except (CannotRun, ValueError) as error:  # a ValueError is the loss's own no to these arguments
         return RankResult("cannot run", str(error), device_name)
+    except RankError as error:  # the same no, heard from another rank; one that failed otherwise ends with a traceback
+        return RankResult("cannot run", str(error).rpartition("ValueError: ")[2], device_name)
     faults = correctness.faults(found, plain, comparison.dtype)
     if faults:
         return RankResult("wrong", "; ".join(faults), device_name, found, plain)

@@ -156,12 +156,13 @@ def _ms(seconds: float | None) -> str:
 
 def _assumptions(chip: Chip) -> str:
     tera, giga = 1e12, 1e9
+    shares = f"{MATMUL_SHARE:.0%} of the matrix peak, {MEMORY_SHARE:.0%} of HBM's, {LINK_SHARE:.0%} of the links'"
     return (
         f"Data sheet: {chip.bf16_flop_per_s / tera:g} TFLOP/s dense bf16, {chip.memory_bytes_per_s / tera:g} TB/s, "
         f"{chip.num_multiprocessors} multiprocessors at {chip.clock_hz / giga:g} GHz, "
         f"NVLink {chip.node_bytes_per_s / giga:g} GB/s and network {chip.network_bytes_per_s / giga:g} GB/s one way.\n"
-        f"Taken for granted: {MATMUL_SHARE:.0%} of the matrix peak, {MEMORY_SHARE:.0%} of HBM's, {LINK_SHARE:.0%} of the links'; "
-        f"NVLink up to {RANKS_PER_NODE} ranks, the network beyond; {NODE_HOP_S * 1e6:g} or {NETWORK_HOP_S * 1e6:g} us a hop.\n"
+        f"Taken for granted: {shares}; NVLink up to {RANKS_PER_NODE} ranks, the network beyond; "
+        f"{NODE_HOP_S * 1e6:g} or {NETWORK_HOP_S * 1e6:g} us a hop.\n"
         f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in kernels compiled for sm90 "
         f"({TILE} x {TILE} tiles, two exponentials), {LANES} an issue cycle and multiprocessor.\n"
         "A step lies between the two totals. Nothing here was measured."

@@ -40,8 +40,8 @@ class Implementation:
     build: "Callable[[Setup], Loss]"
     variants: Callable[[int, Sequence[str]], Sequence[str]] = lambda world, schedules: ("",)
     """For a number of ranks and the wanted schedules."""
-    is_peer: bool = False
-    """Peers also run at their best settings, whatever flags are compared."""
+    has_settings: bool = False
+    """A peer whose speed depends on torch's flags or its own options: it also runs at those that are not compared."""
     is_ours: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -187,10 +187,10 @@ REGISTRY = {
     ),
     "triton_siglip": Implementation("sigmoid", _ours("sigmoid", "triton"), _our_schedules, is_ours=True),
     "open_clip": Implementation(
-        "softmax", _open_clip, lambda world, schedules: ("",) if world == 1 else ("default", LOCAL), is_peer=True
+        "softmax", _open_clip, lambda world, schedules: ("",) if world == 1 else ("default", LOCAL), has_settings=True
     ),
-    "inf_cl": Implementation("softmax", _inf_cl, is_peer=True),
+    "inf_cl": Implementation("softmax", _inf_cl),
     "open_clip_siglip": Implementation(
-        "sigmoid", _open_clip_siglip, lambda world, schedules: ("",) if world == 1 else ("bidir", "gather"), is_peer=True
+        "sigmoid", _open_clip_siglip, lambda world, schedules: ("",) if world == 1 else ("bidir", "gather"), has_settings=True
     ),
 }

@@ -47,7 +47,7 @@ class Plan:
         members += [
             (impl, variant, precision)
             for impl in self.impls
-            if find(impl).is_peer
+            if find(impl).has_settings
             for precision in PEER_PRECISIONS[comparison.device]
             for variant in find(impl).variants(comparison.world, self.schedules)
         ]
@@ -86,14 +86,12 @@ def run_job(job: Job, timeout_s: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="bench_loss-") as name, ExitStack() as stack:
         folder = Path(name)
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
-        children = [_start(job.point, folder, rank, stack) for rank in range(comparison.world)]
+        children: list[_Child] = []
         stack.callback(_end, children)
-        reason = _wait(children, timeout_s)
-        answers = [folder / f"{rank}.pickle" for rank in range(comparison.world)]
-        if reason is None and all(answer.exists() for answer in answers):
-            results: list[RankResult] = [pickle.loads(answer.read_bytes()) for answer in answers]
-        else:
-            results = [RankResult("died", reason or "ended without a result")]
+        for rank in range(comparison.world):
+            children.append(_start(job.point, folder, rank, stack))
+        failure = _wait(children, timeout_s)
+        results = [child.answer() for child in children] if failure is None else [failure]
     samples = [_slowest(iteration) for iteration in zip(*(result.samples for result in results), strict=True)]
     return Outcome(job.point, results, samples)
 
@@ -119,36 +117,40 @@ def _start(point: Point, folder: Path, rank: int, stack: ExitStack) -> "_Child":
         stderr=log,
         start_new_session=True,  # Ctrl-C is for the parent, which then ends the children
     )
-    return _Child(process, folder / f"{rank}.log")
+    return _Child(process, folder / f"{rank}.pickle", folder / f"{rank}.log")
 
 
 @dataclass(frozen=True)
 class _Child:
     process: "subprocess.Popen[bytes]"
+    result: Path
     log: Path
 
-    def reason(self) -> str:
-        """Why it ended badly: its last words."""
+    def answer(self) -> RankResult:
+        """Its result, or the reason that there is none."""
+        if self.result.exists():
+            answer: RankResult = pickle.loads(self.result.read_bytes())
+            return answer
         code = self.process.returncode
         if code < 0:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-code).name}{hint}"
+            return RankResult("died", f"killed by {signal.Signals(-code).name}{hint}")
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else f"exit code {code}"
+        return RankResult("died", lines[-1] if lines else f"exit code {code}")
 
 
-def _wait(children: Sequence[_Child], timeout_s: float) -> str | None:
-    """None once all have ended well, else why the first that did not."""
+def _wait(children: Sequence[_Child], timeout_s: float) -> RankResult | None:
+    """None once all have ended well, else the answer of the first that did not."""
     deadline = time.monotonic() + timeout_s
     while True:
         codes = [child.process.poll() for child in children]
         bad = next((child for child, code in zip(children, codes, strict=True) if code), None)
         if bad is not None:
-            return bad.reason()
+            return bad.answer()
         if all(code == 0 for code in codes):
             return None
         if time.monotonic() > deadline:
-            return f"took more than {timeout_s:g} s (--timeout)"
+            return RankResult("died", f"took more than {timeout_s:g} s (--timeout)")
         time.sleep(0.02)
 
 

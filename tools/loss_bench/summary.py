@@ -67,7 +67,7 @@ def rows(outcomes: Sequence[Outcome], about: About) -> list[Row]:
 
 def _best_setting(impl: str, outcomes: Sequence[Outcome]) -> Point | None:
     """The fastest of a peer's settings, where several were measured."""
-    if impl == GEMM or not find(impl).is_peer:
+    if impl == GEMM or not find(impl).has_settings:
         return None
     measured = [outcome for outcome in outcomes if outcome.point.impl == impl and outcome.samples]
     return min(measured, key=_median_s).point if len(measured) > 1 else None
@@ -166,17 +166,17 @@ def table(comparison: Comparison, found: Sequence[Row]) -> Table:
 
 
 def _caption(over_ranks: bool) -> str:
-    lines = [
-        "speed: times that of open_clip's loss at the same precision. of GEMM: 4 (softmax) or 3 (sigmoid) products of "
-        "N x N x D, 1 for the forward, over the time and the best measured rate of plain products. added MiB: the peak above inputs and "
-        "libraries, gradients included. error: relative, against fp64, of the worst gradient."
-    ]
-    if over_ranks:
-        lines.append(
-            "Times are the slowest rank's. sent: counted at torch.distributed; an all-gather as (W - 1) parts, reduce-scatter "
-            "and all-to-all as (W - 1) / W of the input, an all-reduce as 2 (W - 1) / W."
-        )
-    return "\n".join(lines)
+    caption = (
+        "speed: times that of open_clip's loss at the same precision. of GEMM: what the work needs (softmax 4, sigmoid 3, "
+        "forward 1 products of N x N x D) over the time and the best measured rate of plain products. added MiB: the peak "
+        "above inputs and libraries, gradients included. error: relative, against fp64, of the worst gradient."
+    )
+    if not over_ranks:
+        return caption
+    return caption + (
+        "\nTimes are the slowest rank's. sent: counted at torch.distributed; an all-gather as (W - 1) parts, reduce-scatter "
+        "and all-to-all as (W - 1) / W of the input, an all-reduce as 2 (W - 1) / W of the tensor."
+    )
 
 
 def _cells(row: Row, found: Sequence[Row], over_ranks: bool) -> list[str]:
