@@ -4,8 +4,8 @@ Shapes: N pairs, V views, M columns, D feature dims.
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from scaleclip_kernels import panels, sigmoid_contrastive_loss, softmax_contrastive_loss
-
-REGIMES = ("random", "gap", "low", "hot")
-DUPLICATES = ("negative", "ignore", "positive")
-SOFTMAX_WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
-NUM_DRAWS = 6
-TINY_PANELS = (32, 48)
+from scaleclip_kernels import gemm, panels, sigmoid_contrastive_loss, softmax_contrastive_loss
 
 Loss = Callable[..., Tensor]
+
+LOSSES: dict[str, Loss] = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
+REGIMES = ("random", "gap", "low", "hot")
+DUPLICATES = ("negative", "ignore", "positive")
+WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
+TINY_PANELS = (32, 48)
+NUM_DRAWS = 6
 
 
 class Result(NamedTuple):
@@ -34,11 +35,24 @@ class Result(NamedTuple):
     logit_bias: Tensor
 
 
+class Errors(NamedTuple):
+    """Largest errors against fp64 of a loss or of one of its gradients, mean over draws."""
+
+    name: str
+    ours: float
+    plain: float
+    slack: float
+    """What rounding the result itself may cost, which no implementation avoids."""
+
+    def above(self, times_plain: float) -> bool:
+        return not self.ours <= times_plain * self.plain + self.slack
+
+
 def features(regime: str, num_pairs: int, dim: int, seed: int = 0, *, views: int = 1, extras: int = 0) -> tuple[Tensor, Tensor]:
     """Unit-length fp32 x [N, D] and y [V N + extras, D].
 
     "random"; "gap": the modalities far apart but for two pairs; "low": nearly solved; "hot": the modalities far apart, and
-    one row and one column near everything of the other side.
+    one row and one column near everything on the other side.
     """
     generator = torch.Generator().manual_seed(seed)
     num_columns = views * num_pairs + extras
@@ -70,120 +84,115 @@ def evaluate(function: Loss, x: Tensor, y: Tensor, scale: float, bias: float | N
     return Result(loss.detach(), *gradients, *([torch.zeros(())] if bias is None else []))
 
 
-def set_panels(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None:
-    monkeypatch.setattr(panels, "PANEL_ROWS", sizes[0])
-    monkeypatch.setattr(panels, "PANEL_COLUMNS", sizes[1])
-
-
-def assert_within_budget(
-    function: Loss,
-    regime: str,
-    num_pairs: int,
-    dim: int,
-    scale: float,
-    bias: float | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compute_dtype: torch.dtype | None = None,
-    extras: int = 0,
-    **options: Any,
-) -> None:
-    """Largest errors of panels and of plain torch, averaged over draws: one draw's scalar can be right by chance.
-
-    The truth is fp64 arithmetic on the features as the compute dtype rounds them.
-    """
-    our_errors, plain_errors, slack = torch.zeros(3, len(Result._fields), dtype=torch.float64)
-    for seed in range(NUM_DRAWS):
-        x, y = (t.to(dtype) for t in features(regime, num_pairs, dim, seed, views=options.get("views", 1), extras=extras))
-        rounded_x, rounded_y = (t.to(compute_dtype or dtype) for t in (x, y))
-        plain_options = {"backend": "reference", **options}
-        truth = evaluate(function, rounded_x.double(), rounded_y.double(), scale, bias, **plain_options)
-        plain = evaluate(function, x, y, scale, bias, compute_dtype=compute_dtype, **plain_options)
-        in_fp32 = evaluate(function, rounded_x.float(), rounded_y.float(), scale, bias, **plain_options)
-        ours = evaluate(function, x, y, scale, bias, compute_dtype=compute_dtype, backend="panels", **options)
-        for i, (name, true, theirs, got) in enumerate(zip(Result._fields, truth, plain, ours, strict=True)):
-            assert got.dtype == theirs.dtype
-            assert got.isfinite().all(), name
-            if true.numel() == 0:
-                continue
-            plain_error, size = (theirs - true).abs().max(), true.abs().max()
-            if name == "logit_scale":
-                # <dx, x> / scale, without a pass of its own over the logits, has what rounding there is in dx
-                from_x = (in_fp32.x.double() * rounded_x.double()).nan_to_num().sum() / scale
-                plain_error = torch.maximum(plain_error, (from_x - true).abs())
-            if name == "logit_bias":
-                size = size.clamp(min=1)  # a sum of terms up to 1, which cancel
-            plain_errors[i] += plain_error / NUM_DRAWS
-            our_errors[i] += (got - true).abs().max() / NUM_DRAWS
-            # what lies below the smallest normal number may be taken for 0
-            slack[i] += 2 * (torch.finfo(got.dtype).eps * size + max(scale, 1) * torch.finfo(torch.float32).tiny) / NUM_DRAWS
-    for name, *errors in zip(Result._fields, our_errors, plain_errors, slack, strict=True):
-        assert errors[0] <= 2 * errors[1] + errors[2], "{}: ours {:.2e}, plain {:.2e}, slack {:.2e}".format(name, *errors)
+def set_panels(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
+    monkeypatch.setattr(panels, "PANEL_ROWS", rows)
+    monkeypatch.setattr(panels, "PANEL_COLUMNS", columns)
 
 
 @dataclass(frozen=True)
-class Case:
-    """One random choice of everything that a loss can be given."""
+class Inputs:
+    """What a loss is compared on; the features are drawn NUM_DRAWS times."""
 
+    loss: str
+    regime: str
     num_pairs: int
     dim: int
-    regime: str
     scale: float
-    bias: float | None
-    panel_sizes: tuple[int, int]
-    dtype: torch.dtype
-    options: dict[str, Any] = field(repr=False)
-    shown: str = ""
+    bias: float | None = None
+    """Of the sigmoid loss."""
+    dtype: torch.dtype = torch.float32
+    views: int = 1
+    extras: int = 0
 
-    def check(self, function: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
-        set_panels(monkeypatch, self.panel_sizes)
-        inputs = (self.regime, self.num_pairs, self.dim, self.scale, self.bias)
-        assert_within_budget(function, *inputs, dtype=self.dtype, **self.options)
+    def errors(self, *, compute_dtype: torch.dtype | None = None, **options: Any) -> list[Errors]:
+        """Of panels and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them.
+
+        A mean over draws, because one draw's scalar can be right to the last bit by chance. Plain torch takes its products
+        from the library that the panels take theirs from; what that library may cost is bounded in test_gemm.py.
+        """
+        function, scalars = LOSSES[self.loss], (self.scale, self.bias)
+        sums = torch.zeros(len(Result._fields), 3, dtype=torch.float64)
+        for seed in range(NUM_DRAWS):
+            drawn = features(self.regime, self.num_pairs, self.dim, seed, views=self.views, extras=self.extras)
+            x, y = (t.to(self.dtype) for t in drawn)
+            rounded_x, rounded_y = (t.to(compute_dtype or self.dtype) for t in (x, y))
+            ours_options = {**options, "views": self.views, "backend": "panels"}
+            plain_options = {**ours_options, "backend": "reference"}
+            truth = evaluate(function, rounded_x.double(), rounded_y.double(), *scalars, **plain_options)
+            with gemm.fp32_products(x.device, self.dim):
+                in_fp32 = evaluate(function, rounded_x.float(), rounded_y.float(), *scalars, **plain_options)
+                plain = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **plain_options)
+            ours = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **ours_options)
+            for i, (name, true, theirs, got) in enumerate(zip(Result._fields, truth, plain, ours, strict=True)):
+                assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype)
+                assert got.isfinite().all(), f"{name} is not finite"
+                if true.numel() == 0:
+                    continue
+                plain_error, size = (theirs - true).abs().max(), true.abs().max()
+                if name == "logit_scale":
+                    # <dx, x> / scale needs no pass over the logits, and has what rounding there is in dx
+                    from_x = (in_fp32.x.double() * rounded_x.double()).sum() / self.scale
+                    plain_error = torch.maximum(plain_error, (from_x - true).abs())
+                if name == "logit_bias":
+                    size = size.clamp(min=1)  # a sum of terms up to 1, which cancel
+                # at scale 100 even fp64's log-sum-exp less the matched logit is off by 1e-14
+                slack = 2 * torch.finfo(got.dtype).eps * size + 4 * torch.finfo(torch.float64).eps * max(self.scale, 1)
+                sums[i] += torch.stack([(got - true).abs().max(), plain_error, slack])
+        return [Errors(name, *errors) for name, errors in zip(Result._fields, (sums / NUM_DRAWS).tolist(), strict=True)]
 
 
-def random_case(loss: str, seed: int) -> Case:
-    """Every option by chance; about one case in five in low precision."""
+def assert_within_budget(inputs: Inputs, **options: Any) -> None:
+    for errors in inputs.errors(**options):
+        assert not errors.above(2), "{}: ours {:.2e}, plain {:.2e}, slack {:.2e}".format(*errors)
+
+
+def random_case(loss: str, seed: int) -> tuple[Inputs, tuple[int, int], dict[str, Any]]:
+    """Inputs, panel sizes and options, every one by chance; about one case in four in low precision."""
     choice = random.Random(f"{loss} {seed}")
     generator = torch.Generator().manual_seed(choice.getrandbits(32))
     num_pairs = choice.choice([1, 2, choice.randint(3, 70), choice.randint(3, 300), choice.randint(3, 300)])
     views, extras = choice.choice([(1, 0), (1, 0), (2, 0), (3, 0), (1, choice.randint(1, 200))])
-    num_columns = views * num_pairs + extras
+    num_columns, num_ids = views * num_pairs + extras, max(1, num_pairs // choice.choice([1, 2, 10]))
 
     def mask(size: int) -> Tensor | None:
         share = choice.choice([None, None, 0.0, 0.5, 0.9])
         return None if share is None else torch.rand(size, generator=generator) < share
 
-    duplicates = choice.choice(DUPLICATES)
-    num_ids = max(1, num_pairs // choice.choice([1, 2, 10]))
-    ids = torch.randint(num_ids, (num_pairs,), generator=generator)
-    column_ids = torch.randint(num_ids, (num_columns,), generator=generator) if extras or choice.random() < 0.3 else None
+    def ids(size: int) -> Tensor:
+        return torch.randint(num_ids, (size,), generator=generator)
+
     options: dict[str, Any] = {
         "valid": mask(num_pairs),
         "column_valid": mask(num_columns),
-        "ids": ids,
-        "column_ids": column_ids,
-        "duplicates": duplicates,
-        "views": views,
-        "extras": extras,
+        "ids": ids(num_pairs),
+        "column_ids": ids(num_columns) if extras or choice.random() < 0.3 else None,
+        "duplicates": choice.choice(DUPLICATES),
     }
     if loss == "softmax":
-        options["weights"] = choice.choice(SOFTMAX_WEIGHTS)
-    dtype, compute_dtype = choice.choice(
-        [(torch.float32, None)] * 8 + [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)]
-    )
-    options["compute_dtype"] = compute_dtype
-    shown = f"{duplicates=} {views=} {extras=}"
-    return Case(
-        num_pairs,
-        choice.choice([8, 64, 100, 640, 1152]),
-        choice.choice(REGIMES),
-        choice.choice([1.0, 14.3, 50.0, 100.0]),
-        None if loss == "softmax" else choice.choice([0.0, -10.0, 3.0]),
-        choice.choice([TINY_PANELS, (7, 300), (300, 7), (64, 64), (1024, 1024)]),
-        dtype,
-        options,
-        shown,
-    )
+        options["weights"] = choice.choice(WEIGHTS)
+    low_precision = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)]
+    dtype, options["compute_dtype"] = choice.choice([(torch.float32, None)] * 8 + low_precision)
+    dim = choice.choice([8, 64, 100, 640, 1152])
+    regime, scale = choice.choice(REGIMES), choice.choice([1.0, 14.3, 50.0, 100.0])
+    bias = None if loss == "softmax" else choice.choice([0.0, -10.0, 3.0])
+    panel_sizes = choice.choice([TINY_PANELS, (7, 300), (300, 7), (64, 64), (1024, 1024)])
+    return Inputs(loss, regime, num_pairs, dim, scale, bias, dtype, views, extras), panel_sizes, options
 
 
-FUNCTIONS: dict[str, Loss] = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
+def check_random_cases(loss: str, seeds: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case within four times the error of plain torch, and 49 of 50 within twice.
+
+    In one case of a hundred plain torch is right beyond what its arithmetic promises: rounding errors that all have one sign
+    where features are nearly parallel happen to cancel.
+    """
+    beyond: dict[int, list[str]] = {}
+    num_cases = 0
+    for seed in seeds:
+        inputs, panel_sizes, options = random_case(loss, seed)
+        set_panels(monkeypatch, *panel_sizes)
+        num_cases += 1
+        for errors in inputs.errors(**options):
+            assert not errors.above(4), f"random_case({loss!r}, {seed}): {errors} {inputs} {panel_sizes=}"
+            if errors.above(2):
+                beyond.setdefault(seed, []).append(f"{errors} {inputs}")
+    assert len(beyond) <= num_cases // 50, beyond

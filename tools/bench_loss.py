@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loss_bench import estimate, fit, records, runner, summary
 from loss_bench.implementations import REGISTRY, find
-from loss_bench.points import DTYPE_BYTES, Comparison
+from loss_bench.points import DTYPE_BYTES, Comparison, label_of
 
 T = TypeVar("T")
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6, "GB": 10**9}
@@ -145,13 +145,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"argument --from-csv: {options.from_csv} does not exist")
     if options.fit and options.batch and len(set(options.batch)) < 3:
         raise ValueError(f"argument --fit: needs three batch sizes to fit, --batch gives {len(set(options.batch))}")
-    doubled = sorted({name for name in options.impl if [find_label(i) for i in options.impl].count(find_label(name)) > 1})
+    names = [label_of(impl) for impl in options.impl]
+    doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ValueError(f"argument --impl: the name of {', '.join(doubled)} is given twice: rows could not be told apart")
-
-
-def find_label(impl: str) -> str:
-    return impl.partition("=")[0]
+        raise ValueError(f"argument --impl: {', '.join(doubled)} is the name of two losses: rows could not be told apart")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -221,13 +221,15 @@ def _strip(page: Page, place: Place, chosen: int, count: int, colour: str) -> No
         page.box((x + chosen * width / count, y, width / count, height), colour, edge=colour)
 
 
-LANE, GRADIENT_LANE, COMPUTE_LANE, DATA_LANE = 0.42, 2.36, 1.69, 1.02
+LANE, GRADIENT_LANE, COMPUTE_LANE, DATA_LANE = 0.42, 2.68, 1.92, 1.22
 """Height, and lower edges, of the timelines' lanes."""
+TIMELINE_TITLE, TIMELINE_NOTE = 3.54, 0.92
+"""Their titles, and their notes' first lines."""
 
 
 def draw_ring() -> Page:
     """Four ranks: which columns each holds when, what overlaps in one hop; and the gather schedule."""
-    page = Page(height=6.75)
+    page = Page(height=7.11)
     _draw_holdings(page)
     _draw_travellers(page)
     for y, name in ((GRADIENT_LANE, "gradient\nchannel"), (COMPUTE_LANE, "compute"), (DATA_LANE, "data\nchannel")):
@@ -238,11 +240,11 @@ def draw_ring() -> Page:
 
 
 def _draw_holdings(page: Page) -> None:
-    num_ranks, width, height, step_x, step_y, x0, y0 = len(BLOCKS), 0.58, 0.34, 0.84, 0.5, 1.1, 5.45
-    page.say((0.35, 6.5), "Ring: the columns that a rank holds", size=TITLE, bold=True)
+    num_ranks, width, height, step_x, step_y, x0, y0 = len(BLOCKS), 0.58, 0.34, 0.84, 0.5, 1.1, 5.81
+    page.say((0.35, 6.86), "Ring: the columns that a rank holds", size=TITLE, bold=True)
     for hop in range(num_ranks + 1):
         x, is_home = x0 + hop * step_x, hop == num_ranks
-        page.say((x + width / 2, 6.12), "home" if is_home else f"hop {hop}", colour=GREY, align="center")
+        page.say((x + width / 2, 6.48), "home" if is_home else f"hop {hop}", colour=GREY, align="center")
         for rank in range(num_ranks):
             y, block = y0 - rank * step_y, (rank - hop) % num_ranks
             name = f"$dY_{block}$" if is_home else f"$Y_{block}$"
@@ -255,11 +257,11 @@ def _draw_holdings(page: Page) -> None:
                 start, end = (x + width + 0.03, at + 0.01), (x + step_x - 0.03, at - step_y + height - 0.01)
                 if not is_home:
                     page.arrow(start, end, GREY, dashed=hop + 1 == num_ranks)
-    page.say((1.1, 3.52), "dashed: what was collected, alone (column $m$, $Z$ or $dY$)", colour=GREY)
+    page.say((1.1, 3.88), "dashed: what was collected, alone (column $m$, $Z$ or $dY$)", colour=GREY)
 
 
 def _draw_travellers(page: Page) -> None:
-    left, top, forward, backward = 5.5, 6.12, 6.6, 7.65
+    left, top, forward, backward = 5.5, 6.48, 6.6, 7.65
     page.say((forward, top), "forward", colour=GREY)
     page.say((backward, top), "backward", colour=GREY)
     for number, (name, remark, in_forward, in_backward) in enumerate(
@@ -278,38 +280,60 @@ def _draw_travellers(page: Page) -> None:
 
 
 def _draw_hop(page: Page) -> None:
-    page.say((0.35, 3.18), "Ring: a hop of the backward pass, rank 2", size=TITLE, bold=True)
-    hop_1, hop_2, end = 1.2, 3.6, 5.3
-    for number, x, block in ((1, hop_1, 1), (2, hop_2, 0)):
-        page.line((x, DATA_LANE - 0.1), (x, GRADIENT_LANE + LANE + 0.1), GREY, dashes=(4.0, 3.0))
-        page.say((x + 0.06, GRADIENT_LANE + LANE + 0.13), f"hop {number}", colour=GREY)
-        page.say((x + 0.08, COMPUTE_LANE - 0.12), "first panel", colour=GREY)
+    """From the second half of hop 0 to the first half of hop 2: both halves of block 1 come and go."""
+    page.say((0.35, TIMELINE_TITLE), "Ring: a hop of the backward pass, rank 2", size=TITLE, bold=True)
+    left, half, travel, rank, num_ranks = 1.03, 1.09, 0.86, 2, len(BLOCKS)
+    steps, until_first_product = ((0.36, "$S, G$"), (0.27, "$dX$"), (0.27, "$dY$")), 0.36 + 0.27 + 0.27 / 2
+    above = GRADIENT_LANE + LANE + 0.13
+    for number, (hop, name) in enumerate(((0, "B"), (1, "A"), (1, "B"), (2, "A"))):
+        x, block = left + number * half, (rank - hop) % num_ranks
+        page.say((x + 0.06, COMPUTE_LANE - 0.12), f"half {name}", colour=GREY)
         at = x
-        for width, label in ((0.5, "$S, G$"), (0.45, "$dX$"), (0.45, "$dY$")):
+        for width, label in (*steps, (half - sum(width for width, _ in steps), "...")):
             page.box((at, COMPUTE_LANE, width, LANE), BLOCKS[block], label)
             at += width
-        rest = (hop_2 if block else end) - at
-        page.box((at, COMPUTE_LANE, rest, LANE), BLOCKS[block], "next panels" if block else "...")
-        # the first product that needs the travelling gradient
-        page.arrow((x + 0.75, GRADIENT_LANE), (x + 0.95, COMPUTE_LANE + LANE), INK)
-    _draw_messages(page, (hop_1, GRADIENT_LANE, 0.8), ("$dY_1$ in", 1), ("$dY_2$ out", 2))
-    _draw_messages(page, (hop_2, GRADIENT_LANE, 0.8), ("$dY_0$ in", 0), ("$dY_1$ out", 1))
-    _draw_messages(page, (hop_1, DATA_LANE, 2.0), ("$Y_0$ in", 0), ("$Y_1$ out", 1))
+        page.box((x, COMPUTE_LANE, half, LANE), "none", linewidth=2.0)
+
+        # what left in the middle of a hop, or at the end of the one before
+        leaving, moved = (block, "A") if name == "B" else ((block + 1) % num_ranks, "B")
+        coming = (leaving - 1) % num_ranks
+        _draw_messages(
+            page,
+            (x, GRADIENT_LANE, travel),
+            (rf"$dY_{leaving}\;${moved} out", leaving),
+            (rf"$dY_{coming}\;${moved} in", coming),
+        )
+        if number > 0:
+            page.arrow((x, COMPUTE_LANE + LANE), (x, GRADIENT_LANE), INK)
+            arrived = x - half + travel - 0.05, GRADIENT_LANE
+            page.arrow(arrived, (x + until_first_product, COMPUTE_LANE + LANE), INK)
+        if (hop, name) == (1, "B"):
+            page.say((x + half / 2, above), "half a hop", colour=GREY, align="center")
+            for edge, tip in ((0.19, 0.02), (half - 0.19, half - 0.02)):
+                page.arrow((x + edge, above), (x + tip, above), GREY)
+
+    hop_1, hop_2, end, arrival = left + half, left + 3 * half, left + 4 * half, 0.8 * half
+    for hop, x in enumerate((left, hop_1, hop_2)):
+        page.say((x + 0.06, above), f"hop {hop}", colour=GREY)
+    _draw_messages(page, (left, DATA_LANE, arrival), ("$Y_1$ in", 1), ("$Y_2$ out", 2))
+    _draw_messages(page, (hop_1, DATA_LANE, half + arrival), ("$Y_0$ in", 0), ("$Y_1$ out", 1))
     _draw_messages(page, (hop_2, DATA_LANE, end - hop_2), ("$Y_3$ in", 3), ("$Y_0$ out", 0))
-    page.arrow((hop_1 + 2.0, DATA_LANE + LANE), (hop_2, COMPUTE_LANE), INK)
-    page.arrow((hop_2, COMPUTE_LANE + LANE), (hop_2, GRADIENT_LANE), INK)
+    for x in (hop_1, hop_2):
+        page.line((x, DATA_LANE - 0.1), (x, above + 0.1), GREY, dashes=(4.0, 3.0))
+        page.arrow((x - half + arrival, DATA_LANE + LANE), (x, COMPUTE_LANE), INK)
     for line, text in enumerate(
         (
-            "arrows: what waits. $dY_1$ is waited for at the first product",
-            "added to it, $Y_0$ at the next hop. Foreign blocks: two at most,",
-            "$Y_1$ being read and passed on, $Y_0$ on its way. Forward: $m$, $Z$ for $dY$.",
+            "A, B: halves of a block's columns; of each, the first panel is drawn. A half",
+            "of $dY$ (forward: $m$, $Z$) leaves when worked on and has half a hop to travel.",
+            "Arrows, what waits: the first product added to a half for it, a hop for its $Y$.",
+            "Foreign blocks: two at most, $Y_1$ being read and passed on, $Y_0$ on its way.",
         )
     ):
-        page.say((0.35, 0.7 - 0.22 * line), text)
+        page.say((0.35, TIMELINE_NOTE - 0.22 * line), text)
 
 
 def _draw_messages(page: Page, place: tuple[float, float, float], *messages: tuple[str, int]) -> None:
-    """What arrives, above what leaves."""
+    """One above the other: what arrives and what leaves."""
     x, y, width = place
     for number, (label, block) in enumerate(messages):
         page.box((x, y + (1 - number) * LANE / 2, width, LANE / 2), BLOCKS[block], label, linewidth=0.6)
@@ -317,7 +341,7 @@ def _draw_messages(page: Page, place: tuple[float, float, float], *messages: tup
 
 def _draw_gather(page: Page) -> None:
     left, slot, num_chunks = 5.65, 0.63, 3
-    page.say((left, 3.18), "Gather: a chunk at a time", size=TITLE, bold=True)
+    page.say((left, TIMELINE_TITLE), "Gather: a chunk at a time", size=TITLE, bold=True)
     for delay, (y, label) in enumerate(((DATA_LANE, "gather"), (COMPUTE_LANE, "chunk"), (GRADIENT_LANE, "home"))):
         for chunk in range(num_chunks):
             place = left + (chunk + delay) * slot, y, slot, LANE
@@ -329,7 +353,7 @@ def _draw_gather(page: Page) -> None:
             "gradients by reduce-scatter, fp32 (backward)",
         )
     ):
-        page.say((left, 0.7 - 0.22 * line), text)
+        page.say((left, TIMELINE_NOTE - 0.22 * line), text)
 
 
 if __name__ == "__main__":

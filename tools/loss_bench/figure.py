@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import NullLocator
 
 from loss_bench.formulas import step_flop
 from loss_bench.points import GEMM
@@ -51,8 +52,8 @@ def _group(row: Row) -> tuple[Any, ...]:
 
 def _title(group: Sequence[Row]) -> str:
     row = group[0]
-    ranks = f", {row.world} ranks" if row.world > 1 else ""
-    return f"{row.kind}, D = {row.dim}, {row.dtype}, scale {row.scale:g}, {row.mode}{ranks}, {row.threads} threads"
+    ranks, plural = f", {row.world} ranks" if row.world > 1 else "", "s" * (row.threads > 1)
+    return f"{row.kind}, D = {row.dim}, {row.dtype}, scale {row.scale:g}, {row.mode}{ranks}, {row.threads} thread{plural}"
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, Any]:
@@ -64,49 +65,41 @@ def _colours(rows: Sequence[Row]) -> dict[str, Any]:
 def _draw_line(axes: Any, group: Sequence[Row], colours: dict[str, Any]) -> None:
     time, memory = axes
     curves: dict[tuple[str, str, str], list[Row]] = {}
-    for row in sorted(group, key=lambda row: row.batch):
+    for row in sorted(group, key=lambda row: (row.impl, row.variant, row.precision, row.batch)):
         curves.setdefault((row.impl, row.variant, row.precision), []).append(row)
-    for (impl, _, precision), curve in sorted(curves.items()):
+    for (impl, _, precision), curve in curves.items():
         colour, marker = colours[impl]
-        measured = [row for row in curve if row.full_p50_ms is not None]
+        # a setting of its own is dashed, so that one colour is one implementation
         style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "-" if precision == "highest" else "--"}
-        label = curve[0].label()
-        if not measured:
-            time.plot([], [], " ", label=f"{label}: {curve[0].status}")
-            continue
+        missing = [f"{row.status} at {row.batch:,}" for row in curve if row.full_p50_ms is None]
+        label = curve[0].label() + (f" ({', '.join(missing)})" if missing else "")
+        measured = [row for row in curve if row.full_p50_ms is not None]
         batches = [row.batch for row in measured]
         p20, p50, p80 = ([getattr(row, f"full_{p}_ms") for row in measured] for p in ("p20", "p50", "p80"))
         below = [middle - low for low, middle in zip(p20, p50, strict=True)]
         above = [high - middle for middle, high in zip(p50, p80, strict=True)]
-        time.errorbar(batches, p50, yerr=[below, above], capsize=2, label=label, **style)
+        time.errorbar(batches, p50, yerr=[below, above], capsize=2, **style)
         memory.plot(batches, [(row.input_mib or 0) + (row.added_mib or 0) for row in measured], label=label, **style)
     _draw_bounds(time, memory, group)
     batches = sorted({row.batch for row in group})
     for plot, unit in ((time, "time of an iteration (ms)"), (memory, "features and memory added (MiB)")):
         plot.set(xscale="log", yscale="log", xlabel="batch N (pairs)", ylabel=unit)
         plot.set_xticks(batches, [f"{batch:,}" for batch in batches])
-        plot.minorticks_off()
+        plot.xaxis.set_minor_locator(NullLocator())
         plot.grid(visible=True, which="major", alpha=0.3)
     time.set_title(_title(group), loc="left", fontsize=10)
     memory.set_title(group[0].machine, loc="left", fontsize=10)
     # beside the plots, as curves fill them from corner to corner
-    handles, labels = time.get_legend_handles_labels()
-    extra = [pair for pair in zip(*memory.get_legend_handles_labels(), strict=True) if pair[1] not in labels]
-    handles, labels = handles + [handle for handle, _ in extra], labels + [label for _, label in extra]
-    memory.legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    memory.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
 
 
 def _draw_bounds(time: Any, memory: Any, group: Sequence[Row]) -> None:
-    rates = {row.batch: row.gemm_gflop_per_s for row in group if row.gemm_gflop_per_s}
     bound = {"color": "black", "linestyle": ":", "linewidth": 1.5}
-    if rates:
-        batches = sorted(rates)
-        flop = [step_flop(group[0].kind_of_loss(), replace(group[0].comparison(), batch=batch)) for batch in batches]
-        milliseconds = [f / rates[batch] / 1e6 for f, batch in zip(flop, batches, strict=True)]
-        time.plot(batches, milliseconds, label="bound: matrix products alone", **bound)
+    rates = {row.batch: row.gemm_gflop_per_s for row in group if row.gemm_gflop_per_s}
+    batches = sorted(rates)
+    flop = [step_flop(group[0].kind_of_loss(), replace(group[0].comparison(), batch=batch)) for batch in batches]
+    time.plot(batches, [f / rates[batch] / 1e6 for f, batch in zip(flop, batches, strict=True)], **bound)
     inputs = {row.batch: row.input_mib for row in group if row.input_mib is not None}
-    gradients = 2 if group[0].mode == "full" else 1
-    name = "bound: features and gradients" if gradients == 2 else "bound: features"
-    memory.plot(
-        sorted(inputs), [gradients * inputs[batch] for batch in sorted(inputs)], label=name, **bound | {"linestyle": "-."}
-    )
+    is_full = group[0].mode == "full"
+    name = "bound: matrix products; features" + (" and gradients" if is_full else "")
+    memory.plot(sorted(inputs), [(1 + is_full) * inputs[batch] for batch in sorted(inputs)], label=name, **bound)

@@ -62,11 +62,16 @@ class Point:
 
     @property
     def name(self) -> str:
-        return self.impl.partition("=")[0]
+        return label_of(self.impl)
 
     def label(self) -> str:
         settings = " ".join(word for word in (self.name, self.variant, self.precision) if word)
         return f"{settings}, {self.comparison.title()}"
+
+
+def label_of(impl: str) -> str:
+    """The name in `name=module:function`, or the whole."""
+    return impl.partition("=")[0]
 
 
 @dataclass(frozen=True)
