@@ -45,9 +45,7 @@ def test_error_budget_of_whole_panels() -> None:
 
 @pytest.mark.parametrize("panel_sizes", [(1, 1), (1, 25), (25, 1), (5, 10), (24, 26), (1024, 1024)])
 @pytest.mark.parametrize("duplicates", DUPLICATES)
-def test_error_budget_at_panel_borders(
-    duplicates: str, panel_sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_budget_at_panel_borders(duplicates: str, panel_sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     set_panels(monkeypatch, *panel_sizes)
     ids, valid = torch.arange(25) % 10, torch.arange(25) % 7 != 3
     assert_within_budget(Inputs("softmax", "random", 25, 64, 14.3), ids=ids, valid=valid, duplicates=duplicates)

@@ -20,15 +20,12 @@ import torch.distributed as dist
 from loss_bench import correctness, formulas, implementations, traffic
 from loss_bench.implementations import CannotRun, Implementation, Setup
 from loss_bench.memory import added_bytes
-from loss_bench.points import GEMM, Comparison, Errors, Job, RankResult, Sample
+from loss_bench.points import GEMM, GEMM_FLOP, Comparison, Errors, Job, RankResult, Sample
 from scaleclip_kernels.distributed import MAX_RING_RANKS, RankError
 from scaleclip_kernels.gemm import cpu_library, fp32_products
 
 if TYPE_CHECKING:
     from loss_bench.implementations import Loss
-
-# A product of this shape reaches a processor's full rate.
-GEMM_SIDE, GEMM_INNER = 4096, 1024
 
 
 def main() -> None:
@@ -180,28 +177,30 @@ class _Clock:
 
 
 def _measure_gemm(job: Job, device: torch.device, device_name: str) -> RankResult:
-    """Plain matrix products, by the library that the variant names: all ranks at once, as in a step."""
+    """Plain matrix products by the library and of the shape that the variant names: all ranks at once, as in a step."""
     comparison = job.point.comparison
-    dtype = torch.float32
-    if device.type == "cpu" and job.point.variant != cpu_library(GEMM_INNER):
-        return RankResult("cannot run", f"fp32 products through {job.point.variant} are not fp32 on this processor")
-    if device.type == "cuda":
-        dtype = correctness.DTYPES[comparison.dtype]
-    side = min(GEMM_SIDE, comparison.batch)
+    library, shape = job.point.variant.split()
+    rows, columns, inner = map(int, shape.split("x"))
+    if device.type == "cpu" and library != cpu_library(inner):
+        return RankResult("cannot run", f"fp32 products through {library} are not fp32 on this processor")
+    dtype = torch.float32 if device.type == "cpu" else correctness.DTYPES[comparison.dtype]
     random = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(side, GEMM_INNER, generator=random, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(side, side, dtype=dtype, device=device)
+    left, right = (torch.randn(size, inner, generator=random, device=device).to(dtype) for size in (rows, columns))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    flop = 2.0 * rows * columns * inner
+    # long enough to be timed well, yet no longer than the step that it is compared with
+    count = max(1, int(min(GEMM_FLOP, 8.0 * comparison.batch**2 * comparison.dim) / flop))
     samples = []
-    with fp32_products(device, GEMM_INNER):
+    with fp32_products(device, inner):
         for _ in range(1 + job.repeats):
             _barrier(comparison)
             clock = _Clock(comparison.device)
-            torch.mm(left, right.T, out=out)
+            for _ in range(count):
+                torch.mm(left, right.T, out=out)
             clock.mark()
             clock.mark()
             samples.append(clock.sample())
-    note = f"{side} x {side} x {GEMM_INNER}"
-    return RankResult("ok", note, device_name, samples=samples[1:], flop=2.0 * side * side * GEMM_INNER)
+    return RankResult("ok", f"{count} in a row" if count > 1 else "", device_name, samples=samples[1:], flop=flop * count)
 
 
 def _formula(implementation: Implementation, setup: Setup) -> float:

@@ -13,6 +13,8 @@ Status = Literal["ok", "wrong", "cannot run", "died"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GEMM = "gemm"
 """The name under which plain matrix products are measured, beside the losses."""
+GEMM_FLOP = 32e9
+"""In one timed iteration of them, at most."""
 
 
 @dataclass(frozen=True)

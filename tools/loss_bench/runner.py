@@ -56,7 +56,10 @@ class Plan:
 
 PEER_PRECISIONS = {"cpu": ("highest", "medium"), "cuda": ("highest", "high")}
 """Among which a peer's best setting is looked for."""
-_GEMM_LIBRARIES = {"cpu": ("default", "onednn"), "cuda": ("",)}
+_GEMM_LIBRARIES = {"cpu": ("default", "onednn"), "cuda": ("cublas",)}
+# One that stays in the cache, and one that does not: which of them is faster depends on the processor.
+_PANEL = (1024, 1024, 512)
+_GEMM_SHAPES = {"cpu": (_PANEL, (4096, 4096, 1024)), "cuda": (_PANEL, (8192, 8192, 4096))}
 
 
 def measure(plan: Plan, progress: Progress) -> Iterator[list[Row]]:
@@ -105,7 +108,7 @@ def _start(point: Point, folder: Path, rank: int, stack: ExitStack) -> "_Child":
         "HF_HUB_OFFLINE": "1",
     }
     if point.impl == GEMM:
-        environment["SCALECLIP_KERNELS_CPU_GEMM"] = "default" if point.variant == "default" else "auto"
+        environment["SCALECLIP_KERNELS_CPU_GEMM"] = "default" if point.variant.startswith("default") else "auto"
     else:
         environment |= find(point.impl).environment
     log = stack.enter_context((folder / f"{rank}.log").open("w+"))
@@ -170,7 +173,10 @@ def _slowest(ranks: Sequence[Sample]) -> Sample:
 
 
 def _gemm_points(comparison: Comparison) -> list[Point]:
-    return [Point(comparison, GEMM, library, "highest") for library in _GEMM_LIBRARIES[comparison.device]]
+    """Every library and shape: the best of them is the rate that losses are measured by."""
+    shapes = [shape for shape in _GEMM_SHAPES[comparison.device] if comparison.batch >= shape[0] or shape == _PANEL]
+    variants = [f"{library} {'x'.join(map(str, shape))}" for shape in shapes for library in _GEMM_LIBRARIES[comparison.device]]
+    return [Point(comparison, GEMM, variant, "highest") for variant in variants]
 
 
 def run_each(plan: Plan, task: Task, progress: Progress, trace_folder: Path | None = None) -> list[Outcome]:

@@ -186,7 +186,7 @@ def _cells(row: Row, found: Sequence[Row], over_ranks: bool) -> list[str]:
     time_ms = f"{number(row.full_p50_ms)} ({number(row.full_p20_ms)} - {number(row.full_p80_ms)})"
     cells = [
         row.impl,
-        " ".join(word for word in (row.variant, row.precision) if word),
+        row.variant if row.impl == GEMM else " ".join(word for word in (row.variant, row.precision) if word),
         time_ms if row.full_p50_ms is not None else "WRONG" if row.status == "wrong" else "-",
         number(row.forward_p50_ms),
         number(row.backward_p50_ms),
