@@ -4,6 +4,7 @@ Shapes: N pairs (a rank's own slice where a group is given), V views, M columns,
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -129,8 +130,8 @@ def prepare(
             allowed = {"duplicates": Duplicates, "schedule": ScheduleName, "backend": Backend}[name]
             if getattr(options, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(options, name)!r} is not one of {', '.join(get_args(allowed))}")
-        if len(weights) != 2 or min(weights) < 0 or max(weights) <= 0:
-            raise ValueError(f"weights={weights} must be two numbers (x to y, y to x), none below 0 and not both 0")
+        if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights) or max(weights) == 0:
+            raise ValueError(f"weights={weights} must be two finite numbers (x to y, y to x), none below 0 and not both 0")
         pairs = _pairs(x_ND, y_MD, options)
         _check_scalar("logit_scale", logit_scale, x_ND)
         if logit_bias is not None:

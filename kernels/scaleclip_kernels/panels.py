@@ -53,14 +53,16 @@ def softmax_gradients(
     logit_scale: Tensor,
     row_terms: Tensor | None,
     column_terms: Tensor | None,
+    weights: tuple[Tensor, Tensor] | None,
     grad_x: Tensor | None,
     grad_y: Callable[[], Tensor] | None,
 ) -> None:
     """Add G y to `grad_x` [n, D] and G^T x to `grad_y()` [m, D], where G is the loss gradient of a block's unmatched logits.
 
-    G_ij = exp2(s_ij - row_terms[i, 0]) + exp2(s_ij - column_terms[j, 0]) for base-2 logits s, less row_terms[i, 1] +
-    column_terms[j, 1] where (i, j) is one more positive. An offset of +inf marks a row or column that has no loss of its
-    own. `grad_y` is called when its first panel is ready to be added: its buffer may still be on its way.
+    G_ij = weights[0] (exp2(s_ij - row_terms[i, 0]) - row_terms[i, 1]) + weights[1] (exp2(s_ij - column_terms[j, 0]) -
+    column_terms[j, 1]) for base-2 logits s, the second terms only where (i, j) is one more positive. An offset of +inf marks a
+    row or column that has no loss of its own; no weights: both 1. `grad_y` is called when its first panel is ready to be
+    added: its buffer may still be on its way.
     """
     scale = logit_scale * LOG2_E
     with fp32_products(block.x.features.device, block.x.features.shape[1]):
@@ -73,11 +75,13 @@ def softmax_gradients(
                     continue
                 side = terms[panel.rows if dim == 1 else panel.columns]
                 # No logit exceeds its own row's or column's log-sum-exp, so neither exponential can overflow.
-                probability_RC = logits_RC if grad_RC is not None else panel.scratch
-                torch.sub(logits_RC, side[:, 0].unsqueeze(dim), out=probability_RC).exp2_()
-                grad_RC = probability_RC if grad_RC is None else grad_RC.add_(probability_RC)
+                part_RC = logits_RC if grad_RC is not None else panel.scratch
+                torch.sub(logits_RC, side[:, 0].unsqueeze(dim), out=part_RC).exp2_()
                 if duplicate_RC is not None:
-                    grad_RC -= duplicate_RC * side[:, 1].unsqueeze(dim)
+                    part_RC -= duplicate_RC * side[:, 1].unsqueeze(dim)
+                if weights is not None:
+                    part_RC *= weights[0 if dim == 1 else 1]
+                grad_RC = part_RC if grad_RC is None else grad_RC.add_(part_RC)
             assert grad_RC is not None, "one direction at least has a loss"
             panel.add_products(grad_RC, grad_x, grad_y)
 

@@ -109,15 +109,14 @@ class _Softmax(torch.autograd.Function):
         loss_V, count_V = call.schedule.total(torch.stack([(loss_VN * valid_VN).sum(dim=1), valid_VN.sum(dim=1).float()]))
         count_V = count_V.clamp(min=1)
 
-        # What all anchors share is multiplied in at the very end: a weight inside the panels' exponents costs digits.
+        # What all pairs have in common is multiplied in at the very end, what a direction or a view has in the panels.
         common = max(weights) / (len(count_V) * count_V.min())
-        share_VN = valid_VN * (count_V.min() / count_V).unsqueeze(1)
+        weights_2V = torch.stack([count_V.min() / count_V * (weight / max(weights)) for weight in weights])
         matched_grad_VN, terms = torch.zeros_like(matched_VN), []
-        for direction, weight in zip(directions, weights, strict=True):
-            anchor_VN = share_VN * (weight / max(weights))
+        for direction, weight_V in zip(directions, weights_2V, strict=True):
             if direction is not None:
-                matched_grad_VN += anchor_VN * direction.matched_grad_VN
-            terms.append(None if direction is None else _terms(direction, anchor_VN))
+                matched_grad_VN += valid_VN * weight_V.unsqueeze(1) * direction.matched_grad_VN
+            terms.append(None if direction is None else _terms(direction, valid_VN))
         row_terms, column_terms = terms
         if column_terms is not None and call.pairs.extras:
             no_loss = column_terms.new_zeros(call.pairs.extras, column_terms.shape[1])
@@ -125,7 +124,9 @@ class _Softmax(torch.autograd.Function):
             column_terms = torch.cat([column_terms, no_loss])
 
         ctx.call, ctx.row_labels, ctx.column_labels = call, rows[1:], columns[1:]
-        ctx.dtypes = x_ND.dtype, y_MD.dtype
+        ctx.dtypes, ctx.weights_2V = (x_ND.dtype, y_MD.dtype), weights_2V
+        # known without a look at the device: there is one view, and no direction that weighs less than the other
+        ctx.unweighted = len(count_V) == 1 and (0 in weights or weights[0] == weights[1])
         ctx.save_for_backward(rows.features, columns.features, logit_scale, row_terms, column_terms, matched_grad_VN, common)
         loss: Tensor = (loss_V / count_V).mean()
         return loss
@@ -155,6 +156,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Te
                 logit_scale,
                 None if row_terms is None else row_terms[piece.rows],
                 None if terms is None else terms[piece.columns],
+                None if ctx.unweighted else ctx.weights_2V[:, piece.view].unbind(),
                 grad_x,
                 visit.carried_by(piece) if need_y else None,
             )
@@ -238,12 +240,15 @@ def _direction(sums_PK: Tensor, matched_VN: Tensor) -> _Direction:
     num_positives_VN = 1 + num_others_VN
     # Matched logit minus the mean over positives: exactly 0 for a pair that is its own only positive.
     loss_VN = loss_VN + LN_2 * (matched_VN * num_others_VN - positive_sum_VN) / num_positives_VN
-    return _Direction(loss_VN, matched_grad_VN + (1 - 1 / num_positives_VN), log_sum_exp_VN, num_positives_VN)
+    # p - 1/P; for an only positive -(1 - p), which loses no digit where p is near 1
+    several_VN = (-odds_VN).sigmoid() - 1 / num_positives_VN
+    matched_grad_VN = torch.where(num_others_VN == 0, matched_grad_VN, several_VN)
+    return _Direction(loss_VN, matched_grad_VN, log_sum_exp_VN, num_positives_VN)
 
 
-def _terms(direction: _Direction, anchor_VN: Tensor) -> Tensor:
-    """[V N, K]: what `panels.softmax_gradients` needs of each row or column; `anchor_VN` is its weight in the loss."""
-    terms = [direction.log_sum_exp_VN - anchor_VN.log2()]  # + inf where the weight is 0
+def _terms(direction: _Direction, valid_VN: Tensor) -> Tensor:
+    """[V N, K]: what `panels.softmax_gradients` needs of each row or column."""
+    terms = [direction.log_sum_exp_VN.masked_fill(~valid_VN, torch.inf)]
     if direction.num_positives_VN is not None:
-        terms.append(anchor_VN / direction.num_positives_VN)
+        terms.append(valid_VN / direction.num_positives_VN)
     return torch.stack(terms, dim=-1).flatten(0, 1)

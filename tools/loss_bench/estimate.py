@@ -103,14 +103,17 @@ def _transfers(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> l
     num_chunks = math.ceil(batch * dim * FEATURE_BYTES / CHUNK_BYTES)
     collectives = num_chunks * math.log2(world)
     if schedule == "ring":
-        latencies = [("latency of hops", "W", float(world))] * 2
+        sent = "sent around the ring", ("n ((2 D + 1) (W - 1) + 8 W) B", "n ((2 D + 5) (W - 1) + 4 D W) B")
+        waits = "latency of hops", (("W", float(world)), ("W", float(world)))
     else:
-        latencies = [("latency of collectives", f"{n} C log2 W", n * collectives) for n in (3, 4)]
-    sent = [("columns, statistics sent", forward), ("columns, dY sent", step - forward)]
+        sent = "sent by collectives", ("n (2 D + 9) (W - 1) B", "n (6 D + 5) (W - 1) B")
+        waits = "latency of collectives", (("3 C log2 W", 3 * collectives), ("4 C log2 W", 4 * collectives))
     parts = []
-    for phase, (name, formula, hops), (what, num_bytes) in zip(("forward", "backward"), latencies, sent, strict=True):
-        parts.append(Term(phase, what, _LINK, "bytes a rank (see --world)", num_bytes / link_rate))
-        parts.append(Term(phase, name, _LINK, formula, hops * hop_s))
+    for phase, formula, num_bytes, (hops_formula, num_hops) in zip(
+        ("forward", "backward"), sent[1], (forward, step - forward), waits[1], strict=True
+    ):
+        parts.append(Term(phase, sent[0], _LINK, formula, num_bytes / link_rate))
+        parts.append(Term(phase, waits[0], _LINK, f"{hops_formula} hops", num_hops * hop_s))
     return parts
 
 
