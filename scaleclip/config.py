@@ -126,7 +126,7 @@ class LossConfig(Section):
     """How features meet across ranks: passed round a ring, or gathered a chunk at a time; `auto`: the ring up to 64 ranks."""
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
     """What features are sent and multiplied in; sums, the logit scale and the loss are fp32 in both."""
-    backend: Literal["auto", "triton", "panels", "reference"] = "auto"
+    backend: Literal["auto", "panels", "reference"] = "auto"
     """Implementation of the loss; one that cannot run is an error."""
 
 

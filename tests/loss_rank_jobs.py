@@ -17,9 +17,10 @@ LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_lo
 
 @dataclass(frozen=True)
 class Case:
-    """A global batch of 24 pairs and how it lies on the ranks."""
+    """A global batch and how it lies on the ranks."""
 
     loss: str = "softmax"
+    num_pairs: int = 24
     views: int = 1
     extras: int = 0
     """Extra columns a rank."""
@@ -35,9 +36,9 @@ class Case:
     def sizes(self, num_ranks: int) -> list[int]:
         """Pairs a rank; unequal: 24 as 1 + 23, 1 + 0 + 23 or 1 + 0 + 2 + 21."""
         if not self.unequal:
-            return [24 // num_ranks] * num_ranks
+            return [self.num_pairs // num_ranks] * num_ranks
         few = [1, 0, 2, 5][: num_ranks - 1]
-        return [*few, 24 - sum(few)]
+        return [*few, self.num_pairs - sum(few)]
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def run_cases(cases: dict[str, Case]) -> dict[tuple[int, str, str], dict[str, Te
     distributed.GATHERED_BYTES = 400  # chunks of a few rows: several a view
     world_size, results = dist.get_world_size(), {}
     for num_ranks in range(2, world_size + 1):
-        ranks = list(range(world_size))[-num_ranks:]  # a rank's number in the group is not its own
-        group = dist.new_group(ranks)
+        # a rank's number in the group is not its own
+        ranks = list(range(world_size))[-num_ranks:][::-1]
+        group = dist.new_group(ranks, sort_ranks=False)
         if dist.get_rank() not in ranks:
             continue
         for schedule in ("ring", "gather"):
@@ -152,9 +154,9 @@ def ring_events() -> list[str]:
             events.append(f"{self.name} awaited")
         wait(self)
 
-    def noted_logits(self: Any, scale: Tensor) -> Tensor:
+    def noted_logits(self: Any) -> Tensor:
         events.append("panel")
-        return logits(self, scale)
+        return logits(self)
 
     distributed.Ring._pass_on, distributed._Transfer.wait, panels._Panel.logits = noted_pass_on, noted_wait, noted_logits
     panels.PANEL_ROWS = 4

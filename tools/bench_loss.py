@@ -29,6 +29,7 @@ from loss_bench.implementations import REGISTRY, find
 from loss_bench.points import DTYPE_BYTES, Comparison, label_of
 
 T = TypeVar("T")
+QUIET_LOAD = 0.5
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6, "GB": 10**9}
 
 
@@ -75,7 +76,11 @@ def _run(options: argparse.Namespace, command: str, console: Console) -> int:
 
 def _measure(plan: runner.Plan, options: argparse.Namespace, progress: Progress, console: Console) -> int:
     found = []
-    for comparison, rows in zip(plan.comparisons, runner.measure(plan, progress), strict=True):
+    about = summary.About.now(plan.command, plan.rounds, plan.repeats)
+    if about.load > QUIET_LOAD:
+        # threads that wait for each other after every operation lose a time slice each time another process has the core
+        print(f"the load average is {about.load}: times are of use only on a quiet machine", file=sys.stderr)
+    for comparison, rows in zip(plan.comparisons, runner.measure(plan, about, progress), strict=True):
         console.print(summary.table(comparison, rows))
         found += rows
         # after every comparison: a long run that is ended keeps what it has

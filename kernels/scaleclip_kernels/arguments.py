@@ -16,7 +16,8 @@ from torch.distributed import ProcessGroup
 
 from scaleclip_kernels import panels, reference
 from scaleclip_kernels.blocks import Block, Side
-from scaleclip_kernels.distributed import Channels, Layout, Piece, Schedule, ScheduleName, channels_over, make_schedule
+from scaleclip_kernels.channels import Channels, channels_over
+from scaleclip_kernels.distributed import Layout, Piece, Schedule, ScheduleName, make_schedule
 
 Duplicates = Literal["negative", "ignore", "positive"]
 Backend = Literal["auto", "triton", "panels", "reference"]
@@ -121,23 +122,38 @@ def prepare(
     """Check everything; looks at shapes, dtypes and devices only, never at values. All ranks of the group call.
 
     Raises:
-        ValueError: what a caller can get wrong, named.
-        RankError: another rank of the group found such a fault.
+        ValueError: what a caller can get wrong, named; over ranks also that they do not make the same call.
+        RankError: another rank of the group failed.
     """
-    channels = channels_over(options.group)
+    channels = channels_over(options.group, x_ND.device)
     with contextlib.nullcontext() if channels is None else channels.shared_fate():
         for name in ("duplicates", "schedule", "backend"):
             allowed = {"duplicates": Duplicates, "schedule": ScheduleName, "backend": Backend}[name]
             if getattr(options, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(options, name)!r} is not one of {', '.join(get_args(allowed))}")
-        if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights) or max(weights) == 0:
+        if not isinstance(options.views, int):
+            raise ValueError(f"views={options.views!r} must be a whole number")
+        if (
+            not isinstance(weights, (tuple, list))
+            or len(weights) != 2
+            or not all(0 <= weight < math.inf for weight in weights)
+            or max(weights) == 0
+        ):
             raise ValueError(f"weights={weights} must be two finite numbers (x to y, y to x), none below 0 and not both 0")
         pairs = _pairs(x_ND, y_MD, options)
         _check_scalar("logit_scale", logit_scale, x_ND)
         if logit_bias is not None:
             _check_scalar("logit_bias", logit_bias, x_ND)
         compute_dtype = _compute_dtype(x_ND, y_MD, options)
-        schedule = make_schedule(options.schedule, _layout(pairs, options.sizes, channels), channels)
+        layout = _layout(pairs, options.sizes, channels)
+        if channels is not None:
+            wanted = [torch.is_grad_enabled() and side.requires_grad for side in (x_ND, y_MD)]
+            channels.agree(
+                f"sizes={list(layout.sizes)} extras={layout.extras} D={x_ND.shape[1]} compute_dtype={compute_dtype} "
+                f"views={options.views} duplicates={options.duplicates} weights={tuple(weights)} schedule={options.schedule} "
+                f"gradients={wanted} bias={logit_bias is not None}"
+            )
+        schedule = make_schedule(options.schedule, layout, channels)
         return Call(pairs, compute_dtype, _backend(options.backend, x_ND.device, schedule.num_ranks), schedule, channels)
 
 
@@ -186,10 +202,13 @@ def _pairs(x_ND: Tensor, y_MD: Tensor, options: Options) -> Pairs:
 
 
 def _check_scalar(name: str, value: Tensor, x_ND: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}={value!r} must be a tensor of shape () or (1,): torch.tensor({value!r})")
     if value.shape not in ((), (1,)):
         raise ValueError(f"{name} must have shape () or (1,), got {tuple(value.shape)}")
     if value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be fp32, got {value.dtype}: in bf16, 98.5 and 98.9 are one number")
+        why = ": in bf16, 98.5 and 98.9 are one number" if value.is_floating_point() else ""
+        raise ValueError(f"{name} must be fp32, got {value.dtype}{why}")
     _check_device(name, value, x_ND)
 
 

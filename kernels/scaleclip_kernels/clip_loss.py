@@ -7,6 +7,7 @@ gather_with_grad its gradients are 1/W of the true ones, or (with local_loss) la
 
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -45,7 +46,8 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Features (N, D) of this rank, of one dtype. A bias shifts all logits alike: the loss does not depend on it."""
+        """Features (N, D) of this rank. A bias shifts all logits alike: the loss does not depend on it."""
+        image_features, text_features = _same_dtype(image_features, text_features)
         loss = softmax_contrastive_loss(image_features, text_features, logit_scale.float(), group=_group(self.world_size))
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()  # a gradient of 0, so that DistributedDataParallel finds the parameter used
@@ -87,7 +89,8 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Features (N, D) of this rank, of one dtype."""
+        """Features (N, D) of this rank."""
+        image_features, text_features = _same_dtype(image_features, text_features)
         loss = sigmoid_contrastive_loss(
             image_features,
             text_features,
@@ -97,6 +100,12 @@ class SigLipLoss(nn.Module):
             schedule=self.schedule,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _same_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes: under autocast one tower may end in a layer that keeps fp32."""
+    dtype = torch.promote_types(image.dtype, text.dtype)
+    return image.to(dtype), text.to(dtype)
 
 
 def _group(world_size: int) -> dist.ProcessGroup | None:

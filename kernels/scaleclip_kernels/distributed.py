@@ -1,4 +1,4 @@
-"""Over ranks: how every rank's columns meet every rank's rows (ring or gather), and what a rank's failure does to the others.
+"""Over ranks: how every rank's columns meet every rank's rows, by a ring or by gathering.
 
 A *tour* brings every rank's columns to this rank's rows and calls `work` on each visit. *Fixed* tensors (features, labels)
 are read; a *carried* tensor (statistics, gradients) is added to and comes home complete. Pictures: kernels/README.md.
@@ -6,12 +6,9 @@ are read; a *carried* tensor (statistics, gradients) is added to and comes home 
 Shapes: W ranks, m columns on a rank, of which view v has the pairs v n to (v + 1) n; columns beyond V n are extra.
 """
 
-import contextlib
 import functools
 import logging
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaleclip_kernels.blocks import Matched
+from scaleclip_kernels.channels import Channels, answer_from
 
 ScheduleName = Literal["auto", "ring", "gather"]
 
@@ -26,10 +24,6 @@ ScheduleName = Literal["auto", "ring", "gather"]
 MAX_RING_RANKS = 64
 # of gathered features in flight; two chunks are held at a time
 GATHERED_BYTES = 64 << 20
-
-# PyTorch 2.14 renamed both
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _log = logging.getLogger("scaleclip_kernels")
 
@@ -111,7 +105,7 @@ class Alone:
 
     def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
         home = None if carried is None else carried.start(self._layout.columns(0))
-        work(Visit(fixed, _pieces(self._layout, 0, 0), lambda: _here(home)))
+        work(Visit(fixed, _pieces(self._layout, 0, 0), lambda: _present(home)))
         return home
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -125,7 +119,7 @@ class Ring:
     two halves, each when it has been added to: each then has the time of half a block's work to arrive.
     """
 
-    def __init__(self, layout: Layout, channels: "Channels") -> None:
+    def __init__(self, layout: Layout, channels: Channels) -> None:
         self._layout, self._channels = layout, channels
         self.num_ranks, self._rank = channels.num_ranks, channels.rank
 
@@ -159,24 +153,21 @@ class Ring:
         return cargo
 
     def total(self, tensor: Tensor) -> Tensor:
-        with _answer_from("another rank of the group"):
-            dist.all_reduce(tensor, group=self._channels.data)
-        return tensor
+        return self._channels.total(tensor)
 
     def _pass_on(
         self, leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None], group: dist.ProcessGroup
     ) -> "_Transfer":
-        after, before = ((self._rank + step) % self.num_ranks for step in (1, -1))
-        peers = [dist.get_global_rank(group, rank) for rank in (after, before)]
+        after, before = (self._channels.ranks[(self._rank + step) % self.num_ranks] for step in (1, -1))
         # An empty block is not sent: every rank knows every size.
         steps = [
             dist.P2POp(operation, tensor, peer, group)
-            for operation, tensors, peer in ((dist.isend, leaving, peers[0]), (dist.irecv, arriving, peers[1]))
+            for operation, tensors, peer in ((dist.isend, leaving, after), (dist.irecv, arriving, before))
             for tensor in tensors
             if tensor is not None and tensor.numel() > 0
         ]
-        whom = f"rank {before} or {after} of {self.num_ranks}"
-        with _answer_from(whom):
+        whom = f"rank {before}" if before == after else f"rank {before} or {after}"
+        with answer_from(whom):
             works = dist.batch_isend_irecv(steps) if steps else []
         return _Transfer(works, leaving, whom=whom)
 
@@ -187,13 +178,15 @@ class Gather:
     What a chunk carries goes back to its owners while the next chunk is worked on.
     """
 
-    def __init__(self, layout: Layout, channels: "Channels") -> None:
+    def __init__(self, layout: Layout, channels: Channels) -> None:
         self._layout, self._channels = layout, channels
         self.num_ranks, self._rank = channels.num_ranks, channels.rank
 
     def tour(self, fixed: tuple[Tensor | None, ...], carried: Carried | None, work: Callable[[Visit], None]) -> Tensor | None:
-        layout, chunks = self._layout, self._chunks(_here(fixed[0]))
+        layout, chunks = self._layout, self._chunks(_present(fixed[0]))
         home = None if carried is None else carried.start(layout.columns(self._rank))
+        if not chunks:
+            return home
         arriving, going_home = self._gather(fixed, chunks[0]), _Transfer([])
         for number, chunk in enumerate(chunks):
             arriving.transfer.wait()
@@ -205,7 +198,7 @@ class Gather:
             matched = Matched(chunk.first_pair, self._rank * chunk.width, num_matched)
             everyone = slice(0, self.num_ranks * chunk.width)
             piece = Piece(chunk.view, everyone, layout.rows(chunk.view, self._rank), matched)
-            work(Visit(here, [piece], functools.partial(_here, parts)))
+            work(Visit(here, [piece], functools.partial(_present, parts)))
             going_home.wait()
             if carried is not None and home is not None and parts is not None:
                 going_home = self._send_home(parts, carried, home[chunk.mine])
@@ -213,9 +206,7 @@ class Gather:
         return home
 
     def total(self, tensor: Tensor) -> Tensor:
-        with _answer_from("another rank of the group"):
-            dist.all_reduce(tensor, group=self._channels.data)
-        return tensor
+        return self._channels.total(tensor)
 
     def _chunks(self, features: Tensor) -> list["_Chunk"]:
         """The same number of chunks, and the same widths, on every rank: a shorter rank pads."""
@@ -246,8 +237,8 @@ class Gather:
                 part = torch.cat([part, padding])
             sent.append(part.contiguous())
             everyone = part.new_empty(self.num_ranks * chunk.width, *part.shape[1:])
-            with _answer_from("another rank of the group"):
-                works.append(_all_gather(everyone, sent[-1], group=self._channels.data, async_op=True))
+            with answer_from("another rank of the group"):
+                works.append(dist.all_gather_single(everyone, sent[-1], group=self._channels.data, async_op=True))
             gathered.append(everyone)
         return _Gathered(tuple(gathered), _Transfer(works, sent))
 
@@ -255,76 +246,14 @@ class Gather:
         combine, width = carried.combine, len(parts) // self.num_ranks
         if combine is None:
             total = parts.new_empty(width, *parts.shape[1:])
-            work = _reduce_scatter(total, parts, group=self._channels.gradients, async_op=True)
+            with answer_from("another rank of the group"):
+                work: Any = dist.reduce_scatter_single(total, parts, group=self._channels.gradients, async_op=True)
             return _Transfer([work], [parts], lambda: home.copy_(total[: len(home)]))
         received = torch.empty_like(parts)
-        work = dist.all_to_all_single(received, parts, group=self._channels.gradients, async_op=True)
+        with answer_from("another rank of the group"):
+            work = dist.all_to_all_single(received, parts, group=self._channels.gradients, async_op=True)
         by_rank = received.view(self.num_ranks, width, *parts.shape[1:])
         return _Transfer([work], [parts], lambda: home.copy_(combine(by_rank)[: len(home)]))
-
-
-class Channels:
-    """This package's own communicators over a caller's ranks: one would make data and gradients wait for each other.
-
-    They are its own also so that a failing rank can close them, which frees the others from a wait at once.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend_config(group)
-        self.num_ranks, self.rank = len(ranks), dist.get_rank(group)
-        self.data, self.gradients = (_new_group(ranks, backend) for _ in range(2))
-        self._store: Any = dist.distributed_c10d._get_default_store()
-        self._key = f"scaleclip_kernels/failure/{self.data.group_name}"
-        self._failure = ""
-
-    @contextlib.contextmanager
-    def shared_fate(self) -> Iterator[None]:
-        """An error inside ends every rank's call: the first rank's with its own error, the others' with its message.
-
-        Raises:
-            RankError: another rank failed first, or did so in an earlier call.
-        """
-        if self._failure:
-            raise RankError(f"these ranks cannot go on after a failure: {self._failure}")
-        try:
-            yield
-        except Exception as error:
-            message = f"rank {self.rank} of {self.num_ranks}: {type(error).__name__}: {error}"
-            self._failure = self._first_failure(message)
-            self._close()
-            if self._failure == message:
-                raise
-            raise RankError(f"rank {self.rank} of {self.num_ranks} stops, the first failure was on {self._failure}") from error
-
-    def _first_failure(self, message: str) -> str:
-        try:
-            return str(self._store.compare_set(self._key, "", message).decode())
-        except RuntimeError as error:  # the rank that holds the store is dead: this rank knows only its own
-            return f"{message} (the ranks' store is gone: {error})"
-
-    def _close(self) -> None:
-        for channel in (self.data, self.gradients):
-            channel.abort()
-            dist.destroy_process_group(channel)
-        del self.data, self.gradients
-
-
-class RankError(RuntimeError):
-    """The loss could not be computed because another rank failed; the message is the first failing rank's."""
-
-
-_FIRST_OWN_NUMBER = 1 << 30
-_num_made: Counter[tuple[int, ...]] = Counter()
-_channels: "weakref.WeakKeyDictionary[dist.ProcessGroup, Channels]" = weakref.WeakKeyDictionary()
-
-
-def channels_over(group: dist.ProcessGroup | None) -> Channels | None:
-    """The group's channels, made at its first call, in which every rank must take part; None where there is one rank."""
-    if group is None or dist.get_world_size(group) == 1:
-        return None
-    if group not in _channels:
-        _channels[group] = Channels(group)
-    return _channels[group]
 
 
 def make_schedule(name: ScheduleName, layout: Layout, channels: Channels | None) -> Schedule:
@@ -358,7 +287,7 @@ class _Transfer:
         self._works, self._sent, self._then, self._whom = works, sent, then, whom
 
     def wait(self) -> None:
-        with _answer_from(self._whom):
+        with answer_from(self._whom):
             for work in self._works:
                 work.wait()
         if self._then is not None:
@@ -387,40 +316,12 @@ def _like(tensors: tuple[Tensor | None, ...], size: int) -> tuple[Tensor | None,
 
 def _after(transfer: _Transfer, tensor: Tensor | None) -> Tensor:
     transfer.wait()
-    return _here(tensor)
+    return _present(tensor)
 
 
-def _here(tensor: Tensor | None) -> Tensor:
+def _present(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "asked for what does not travel"
     return tensor
-
-
-@contextlib.contextmanager
-def _answer_from(whom: str) -> Iterator[None]:
-    """Say what an error of the network means, and keep its first line: gloo's go on for a paragraph."""
-    try:
-        yield
-    except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        raise RankError(f"no answer from {whom}: it has died, failed or lost its network ({first_line})") from error
-
-
-def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:
-    """Made by its members alone, unseen by the caller's own groups.
-
-    PyTorch counts the groups that a process makes and names the next one by that number, so a group made by some ranks only
-    would leave later groups, which all ranks make, with different names, and their making would hang. The number is put
-    back; the name has one of its own.
-    """
-    world: Any = dist.distributed_c10d._world
-    number, world.group_count = world.group_count, _FIRST_OWN_NUMBER + _num_made[tuple(ranks)]
-    _num_made[tuple(ranks)] += 1
-    try:
-        made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-    finally:
-        world.group_count = number
-    assert isinstance(made, dist.ProcessGroup), "this process is one of its ranks"
-    return made
 
 
 @functools.cache

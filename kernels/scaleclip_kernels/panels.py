@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scaleclip_kernels.blocks import LOG2_E, Block, Side
-from scaleclip_kernels.gemm import fp32_products
+from scaleclip_kernels.gemm import add_product, fp32_products
 
 PANEL_ROWS = PANEL_COLUMNS = 1024
 # 64 factors of at most 2 stay far below fp32's overflow at 2^128.
@@ -26,10 +26,9 @@ def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, col
     the sum of exp2(logit - largest) and, with positives (K = 4), the sum and the number of the unmatched positives' logits.
     `column_sums` is called when its first panel is ready to be added: its tensor may still be on its way.
     """
-    scale = logit_scale * LOG2_E
     with fp32_products(block.x.features.device, block.x.features.shape[1]):
-        for panel in _panels(block):
-            logits_RC = panel.logits(scale)
+        for panel in _panels(block, logit_scale.double() * LOG2_E):
+            logits_RC = panel.logits()
             duplicate_RC = panel.strike(logits_RC)
             extra_RC = None if duplicate_RC is None else torch.where(duplicate_RC, logits_RC, 0.0)
             rows_RK = None if row_sums is None else row_sums[panel.rows]
@@ -64,10 +63,9 @@ def softmax_gradients(
     row or column that has no loss of its own; no weights: both 1. `grad_y` is called when its first panel is ready to be
     added: its buffer may still be on its way.
     """
-    scale = logit_scale * LOG2_E
     with fp32_products(block.x.features.device, block.x.features.shape[1]):
-        for panel in _panels(block):
-            logits_RC = panel.logits(scale)
+        for panel in _panels(block, logit_scale.double() * LOG2_E):
+            logits_RC = panel.logits()
             duplicate_RC = panel.strike(logits_RC)
             grad_RC: Tensor | None = None
             for dim, terms in ((1, row_terms), (0, column_terms)):
@@ -101,8 +99,8 @@ def sigmoid_block(
     `softmax_gradients`, and without them G is not computed. `share` is a scalar, None for 1.
     """
     with fp32_products(block.x.features.device, block.x.features.shape[1]):
-        for panel in _panels(block):
-            logits_RC = panel.logits(logit_scale).add_(logit_bias)
+        for panel in _panels(block, logit_scale.double()):
+            logits_RC = panel.logits().add_(logit_bias)
             duplicate_RC = panel.strike(logits_RC)
             # softplus(s) for a negative; a positive is one with s turned round
             sign_RC = None if duplicate_RC is None else 1 - 2 * duplicate_RC.float()
@@ -139,15 +137,20 @@ def _softplus_sum(logits_RC: Tensor) -> Tensor:
 class _Panel:
     """R x C logits of a block, and the features they come from."""
 
-    def __init__(self, block: Block, rows: slice, columns: slice, x_RD: Tensor, y_CD: Tensor, buffers: Tensor) -> None:
+    def __init__(
+        self, block: Block, rows: slice, columns: slice, x_RD: Tensor, scaled_x_RD: Tensor, y_CD: Tensor, buffers: Tensor
+    ) -> None:
         self.block, self.rows, self.columns = block, rows, columns
-        self.x_RD, self.y_CD = x_RD, y_CD
+        self.x_RD, self.scaled_x_RD, self.y_CD = x_RD, scaled_x_RD, y_CD
         shape = len(x_RD), len(y_CD)
-        self._logits_RC, self.scratch = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+        size = shape[0] * shape[1]
+        self._logits_RC: Tensor = buffers[0, :size].view(shape)
+        self.scratch: Tensor = buffers[1, :size].view(shape)
 
-    def logits(self, scale: Tensor) -> Tensor:
+    def logits(self) -> Tensor:
         """fp32 [R, C]: scale x y^T, in this panel's buffer."""
-        return torch.mm(self.x_RD * scale, self.y_CD.T, out=self._logits_RC)
+        add_product(self._logits_RC.zero_(), self.scaled_x_RD, self.y_CD.T)
+        return self._logits_RC
 
     def strike(self, logits_RC: Tensor) -> Tensor | None:
         """Put -inf where a pair is matched, invalid or to be left out; bool [R, C] of the further positives, if any can be."""
@@ -164,9 +167,9 @@ class _Panel:
 
     def add_products(self, grad_RC: Tensor, grad_x: Tensor | None, grad_y: Callable[[], Tensor] | None) -> None:
         if grad_x is not None:
-            grad_x[self.rows].addmm_(grad_RC, self.y_CD)
+            add_product(grad_x[self.rows], grad_RC, self.y_CD)
         if grad_y is not None:
-            grad_y()[self.columns].addmm_(grad_RC.T, self.x_RD)
+            add_product(grad_y()[self.columns], grad_RC.T, self.x_RD)
 
     def _fill(self, panel_RC: Tensor, value: float) -> None:
         """Overwrite matched and invalid pairs."""
@@ -182,8 +185,13 @@ class _Panel:
             panel_RC.masked_fill_(self.block.y.invalid[columns], value)
 
 
-def _panels(block: Block) -> Iterator[_Panel]:
-    """Row panels from the first, and in each its column panels from the first: the order that keeps sums reproducible."""
+def _panels(block: Block, scale: Tensor) -> Iterator[_Panel]:
+    """Row panels from the first, and in each its column panels from the first: the order that keeps sums reproducible.
+
+    `scale` is fp64 (): rounded to fp32 it would be off by the same amount in every logit, which no sum averages out.
+    """
+    scale_high = scale.float()
+    scale_low = (scale - scale_high).float()
     num_rows, num_columns = len(block.x.features), len(block.y.features)
     if block.x.features.device.type == "cpu":
         # Most blocks have no invalid pair. Looking costs nothing here; on other devices it would wait for the device.
@@ -193,9 +201,10 @@ def _panels(block: Block) -> Iterator[_Panel]:
     for row in range(0, num_rows, PANEL_ROWS):
         rows = slice(row, min(row + PANEL_ROWS, num_rows))
         x_RD = block.x.features[rows].float()
+        scaled_x_RD = torch.addcmul(x_RD * scale_low, x_RD, scale_high)
         for column in range(0, num_columns, PANEL_COLUMNS):
             columns = slice(column, min(column + PANEL_COLUMNS, num_columns))
-            yield _Panel(block, rows, columns, x_RD, block.y.features[columns].float(), buffers)
+            yield _Panel(block, rows, columns, x_RD, scaled_x_RD, block.y.features[columns].float(), buffers)
 
 
 def without_idle_mask(side: Side) -> Side:

@@ -56,10 +56,21 @@ def sigmoid_contrastive_loss(
         ValueError: an argument breaks a rule above, or the backend cannot run.
         RankError: another rank of the group failed; the message is that of the first.
     """
-    labels = (valid, column_valid, ids, column_ids, duplicates, views)
-    options = Options(*labels, compute_dtype, group, sizes, schedule, backend)
+    options = Options(
+        valid=valid,
+        column_valid=column_valid,
+        ids=ids,
+        column_ids=column_ids,
+        duplicates=duplicates,
+        views=views,
+        compute_dtype=compute_dtype,
+        group=group,
+        sizes=sizes,
+        schedule=schedule,
+        backend=backend,
+    )
     if logit_bias is None:
-        logit_bias = torch.zeros((), device=x_ND.device)
+        logit_bias = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     call = prepare(x_ND, y_MD, options, logit_scale=logit_scale, logit_bias=logit_bias)
     logit_scale, logit_bias = logit_scale.reshape(()), logit_bias.reshape(())
     if call.backend is reference:
@@ -79,7 +90,7 @@ class _Sigmoid(torch.autograd.Function):
         rows, columns = call.rows(x_ND), call.columns(y_MD)
         num_views, dim = call.pairs.views, x_ND.shape[1]
         valid_VN = call.pairs.matched_valid(x_ND.device)
-        count_V = call.schedule.total(valid_VN.sum(dim=1)).clamp(min=1)
+        count_V = call.schedule.total(valid_VN.sum(dim=1)).clamp(min=1).float()
         # Each view is divided by its own pairs; what the views have in common is multiplied in at the very end.
         share_V = count_V.min() / count_V
 

@@ -79,8 +79,19 @@ def softmax_contrastive_loss(
         ValueError: an argument breaks a rule above, or the backend cannot run.
         RankError: another rank of the group failed; the message is that of the first.
     """
-    labels = (valid, column_valid, ids, column_ids, duplicates, views)
-    options = Options(*labels, compute_dtype, group, sizes, schedule, backend)
+    options = Options(
+        valid=valid,
+        column_valid=column_valid,
+        ids=ids,
+        column_ids=column_ids,
+        duplicates=duplicates,
+        views=views,
+        compute_dtype=compute_dtype,
+        group=group,
+        sizes=sizes,
+        schedule=schedule,
+        backend=backend,
+    )
     call = prepare(x_ND, y_MD, options, logit_scale=logit_scale, weights=weights)
     logit_scale = logit_scale.reshape(())
     if call.backend is reference:
@@ -96,7 +107,7 @@ class _Softmax(torch.autograd.Function):
         rows, columns = call.rows(x_ND), call.columns(y_MD)
         row_sums, column_sums = _fold(call, rows, columns, logit_scale, weights)
         matched_VN = torch.stack([dot_rows(rows.features, columns.features[view]) for view in call.pairs.view_slices()])
-        matched_VN = matched_VN * (logit_scale * LOG2_E)
+        matched_VN = (matched_VN.double() * (logit_scale.double() * LOG2_E)).float()
         valid_VN = call.pairs.matched_valid(x_ND.device)
 
         loss_VN, directions = torch.zeros_like(matched_VN), []
@@ -187,7 +198,8 @@ def _fold(
     """The running sums (see `panels.fold_softmax`) of all of this rank's rows [V N, K] and columns [M, K]; None: no weight."""
 
     def empty(size: int) -> Tensor:
-        sums = torch.zeros(size, 4 if call.pairs.duplicates == "positive" else 2, device=rows.features.device)
+        num_sums = 4 if call.pairs.duplicates == "positive" else 2
+        sums = torch.zeros(size, num_sums, dtype=torch.float32, device=rows.features.device)
         # the lowest finite number: -inf less -inf would be NaN where a row meets a panel in which nothing counts
         sums[:, 0] = torch.finfo(torch.float32).min
         return sums

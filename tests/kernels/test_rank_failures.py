@@ -20,41 +20,52 @@ NUM_RANKS, FAULTY = 4, 2
 BOUND_S = 60
 FAULTS = {
     # what the others must say of it
-    "bad_argument": "rank 2 of 4: ValueError: ids must be torch.int64",
-    "error_in_forward": "rank 2 of 4: MemoryError: no room for this block",
-    "error_in_backward": "rank 2 of 4: MemoryError: no room for this block",
+    "bad_argument": "rank 2: ValueError: ids must be torch.int64",
+    "error_in_forward": "rank 2: MemoryError: no room for this block",
+    "error_in_backward": "rank 2: MemoryError: no room for this block",
     "killed_in_forward": "RankError: no answer from",
     "killed_in_backward": "RankError: no answer from",
     "killed_before": "RankError: no answer from",
+    "killed_before_the_first_call": "RankError: no answer from",
+    "interrupted": "rank 2: KeyboardInterrupt: ",
+    "other_batch": "calls the loss with sizes=[",
 }
 
 
 def run_rank(rank: int, folder: Path, fault: str, schedule: str) -> None:
     store = dist.FileStore(str(folder / "store"), NUM_RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
-    x, y = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
-    ids, scale = torch.arange(8), torch.tensor(3.0)
+    num_pairs = 7 if fault == "other_batch" and rank == FAULTY else 8
+    x, y = (torch.randn(num_pairs, 4, requires_grad=True) for _ in range(2))
+    ids, scale = torch.arange(num_pairs), torch.tensor(3.0)
 
     def loss() -> torch.Tensor:
         return softmax_contrastive_loss(x, y, scale, ids=ids, duplicates="ignore", group=dist.group.WORLD, schedule=schedule)
 
-    loss().backward()  # a good step first: the ranks are connected
+    dist.barrier()
+    if fault == "killed_before_the_first_call" and rank == FAULTY:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault not in ("killed_before_the_first_call", "other_batch"):
+        loss().backward()  # a good step first
     if rank == FAULTY:
         if fault == "bad_argument":
             ids = ids.int()
         if fault == "killed_before":
             os.kill(os.getpid(), signal.SIGKILL)
-        stage = "fold_softmax" if fault.endswith("forward") else "softmax_gradients"
+        stage = "softmax_gradients" if fault.endswith("backward") else "fold_softmax"
 
         def fail(*args: object) -> None:
             if fault.startswith("killed"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "interrupted":
+                raise KeyboardInterrupt
             raise MemoryError("no room for this block")
 
-        setattr(panels, stage, fail)
+        if fault != "other_batch":
+            setattr(panels, stage, fail)
     try:
         loss().backward()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         if rank == FAULTY:
             time.sleep(2 * BOUND_S)  # its process lives on: the others must not depend on its end
@@ -66,7 +77,7 @@ def run_rank(rank: int, folder: Path, fault: str, schedule: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("schedule", ["ring", "gather"])
+@pytest.mark.parametrize("schedule", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_rank_ends_with_the_first_message(fault: str, schedule: str, tmp_path: Path) -> None:
     logs = [tmp_path / f"{rank}.log" for rank in range(NUM_RANKS)]
@@ -87,13 +98,16 @@ def test_every_rank_ends_with_the_first_message(fault: str, schedule: str, tmp_p
     assert codes == [1] * len(others)
     assert time.monotonic() - start < BOUND_S
     texts = [logs[rank].read_text() for rank in others]
+    if fault == "killed_before_the_first_call":  # there are no channels yet, and no first message: each says its own
+        assert all(FAULTS[fault] in text for text in texts)
+        return
     (first,) = {text.partition("first failure was on ")[2].splitlines()[0] for text in texts if "first failure" in text}
     assert FAULTS[fault] in first
     for text in texts:
         # the first rank to see a death has its own error, the others name that rank and repeat it
         assert first.split(": ", 1)[1] in text
         assert "again: RankError: these ranks cannot go on after a failure" in text
-    if not fault.startswith("killed"):
+    if not fault.startswith(("killed", "other")):
         assert FAULTS[fault].split(": ", 1)[1] in faulty_log
 
 

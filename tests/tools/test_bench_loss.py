@@ -152,7 +152,7 @@ def a_row(**changes: object) -> records.Row:
     return replace(summary.rows([outcome], ABOUT)[0], **changes)
 
 
-ABOUT = summary.About("2026-01-01", "abc", "command", "a processor", "2.14", 1, 1)
+ABOUT = summary.About("2026-01-01", "abc", "command", "a processor", "2.14", 0.0, 1, 1)
 
 
 def an_outcome(impl: str, precision: str, full_s: float, **result: object) -> summary.Outcome:
@@ -346,7 +346,7 @@ def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runner, "run_job", fake)
     with bench_loss.Progress(disable=True) as progress:
-        (rows,) = runner.measure(a_plan(), progress)
+        (rows,) = runner.measure(a_plan(), ABOUT, progress)
     losses = [entry for entry in order if entry[0] != GEMM]
     one_round = [("panels", "highest"), ("open_clip", "highest"), ("open_clip", "medium")]
     assert losses == [one_round[0], one_round[1], ("inf_cl", "highest"), one_round[2], *one_round, *one_round]

@@ -21,7 +21,8 @@ from loss_bench import correctness, formulas, implementations, traffic
 from loss_bench.implementations import CannotRun, Implementation, Setup
 from loss_bench.memory import added_bytes
 from loss_bench.points import GEMM, GEMM_FLOP, Comparison, Errors, Job, RankResult, Sample
-from scaleclip_kernels.distributed import MAX_RING_RANKS, RankError
+from scaleclip_kernels import RankError
+from scaleclip_kernels.distributed import MAX_RING_RANKS
 from scaleclip_kernels.gemm import cpu_library, fp32_products
 
 if TYPE_CHECKING:

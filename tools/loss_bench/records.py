@@ -21,6 +21,8 @@ class Row:
     machine: str
     """Processor, and the GPU where one was used."""
     torch: str
+    load: float
+    """Runnable processes on the machine when the run began (the 1-minute load average): what else may have been measured."""
     impl: str
     variant: str
     precision: str

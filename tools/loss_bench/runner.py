@@ -18,7 +18,7 @@ from loss_bench import summary
 from loss_bench.implementations import find
 from loss_bench.points import GEMM, Comparison, Job, Point, RankResult, Sample, Task
 from loss_bench.records import Row
-from loss_bench.summary import Outcome
+from loss_bench.summary import About, Outcome
 
 TOOLS = Path(__file__).parent.parent
 
@@ -62,9 +62,8 @@ _PANEL = (1024, 1024, 512)
 _GEMM_SHAPES = {"cpu": (_PANEL, (4096, 4096, 1024)), "cuda": (_PANEL, (8192, 8192, 4096))}
 
 
-def measure(plan: Plan, progress: Progress) -> Iterator[list[Row]]:
+def measure(plan: Plan, about: About, progress: Progress) -> Iterator[list[Row]]:
     """The rows of one comparison after another. Implementations take turns, so that a slow minute falls on all of them."""
-    about = summary.About.now(plan.command, plan.rounds, plan.repeats)
     total = sum(plan.rounds * (len(_gemm_points(c)) + len(plan.points(c))) for c in plan.comparisons)
     bar = progress.add_task("", total=total)
     for comparison in plan.comparisons:

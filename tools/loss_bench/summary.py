@@ -1,5 +1,6 @@
 """What the measuring processes answered, as rows of the record and as a table."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -45,6 +46,7 @@ class About:
     command: str
     cpu: str
     torch: str
+    load: float
     rounds: int
     repeats: int
 
@@ -54,7 +56,8 @@ class About:
         if shutil.which("git"):
             described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip() or commit
-        return cls(time.strftime("%Y-%m-%d"), commit, command, cpu_name(), version("torch"), rounds, repeats)
+        load = round(os.getloadavg()[0], 2)
+        return cls(time.strftime("%Y-%m-%d"), commit, command, cpu_name(), version("torch"), load, rounds, repeats)
 
 
 def rows(outcomes: Sequence[Outcome], about: About) -> list[Row]:
@@ -91,6 +94,7 @@ def _row(outcome: Outcome, gemm_flop_per_s: float | None, about: About) -> Row:
         command=about.command,
         machine=" + ".join(filter(None, [about.cpu, first.device_name])),
         torch=about.torch,
+        load=about.load,
         impl=point.name,
         variant=point.variant,
         precision=point.precision,
