@@ -444,12 +444,12 @@ def test_user_faults_are_named(name: str, change: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": (-0.1, 1.0)}, r"weights=\(-0.1, 1.0\) must be two numbers \(x to y, y to x\), none below 0"),
-        ({"weights": (0.0, 0.0)}, r"weights=\(0.0, 0.0\) must be two numbers .* not both 0"),
-        ({"weights": (1.0,)}, r"weights=\(1.0,\) must be two numbers"),
-        ({"weights": (1.0, 1.0, 1.0)}, r"must be two numbers"),
-        ({"weights": (float("nan"), 1.0)}, r"weights=\(nan, 1.0\) must be two numbers"),
-        ({"weights": (1.0, float("inf"))}, r"weights=\(1.0, inf\) must be two numbers"),
+        ({"weights": (-0.1, 1.0)}, r"weights=\(-0.1, 1.0\) must be two finite numbers \(x to y, y to x\), none below 0"),
+        ({"weights": (0.0, 0.0)}, r"weights=\(0.0, 0.0\) must be two finite numbers .* not both 0"),
+        ({"weights": (1.0,)}, r"weights=\(1.0,\) must be two finite numbers"),
+        ({"weights": (1.0, 1.0, 1.0)}, r"must be two finite numbers"),
+        ({"weights": (float("nan"), 1.0)}, r"weights=\(nan, 1.0\) must be two finite numbers"),
+        ({"weights": (1.0, float("inf"))}, r"weights=\(1.0, inf\) must be two finite numbers"),
         ({"logit_bias": torch.ones(2)}, r"logit_bias must have shape \(\) or \(1,\), got \(2,\)"),
         ({"logit_bias": torch.tensor(1.0).bfloat16()}, r"logit_bias must be fp32, got torch.bfloat16"),
         ({"logit_bias": torch.ones((), device="meta")}, r"logit_bias is on meta and x on cpu"),

@@ -58,7 +58,7 @@ def test_what_is_struck_out(
 
     struck, found = torch.zeros(2, n, m, dtype=torch.bool)
     visits = torch.zeros(n, m, dtype=torch.int64)
-    for panel in panels._panels(block):
+    for panel in panels._panels(block, torch.ones((), dtype=torch.float64)):
         logits = torch.zeros(len(panel.x_RD), len(panel.y_CD))
         positives = panel.strike(logits)
         assert (positives is not None) == (with_masks and positive)
@@ -75,7 +75,8 @@ def test_panels_of_three_million_rows_and_columns_cover_all_once(monkeypatch: py
     """9 * 10^12 logits, visited without values."""
     size, panel = 3_000_000, 1 << 15
     set_panels(monkeypatch, panel, panel)
-    corners = [(p.rows, p.columns) for p in panels._panels(block_of(size, size, Matched(0, 0, size), device="meta"))]
+    block = block_of(size, size, Matched(0, 0, size), device="meta")
+    corners = [(p.rows, p.columns) for p in panels._panels(block, torch.ones((), dtype=torch.float64, device="meta"))]
     starts = range(0, size, panel)
     slices = [slice(start, min(start + panel, size)) for start in starts]
     assert corners == list(itertools.product(slices, slices))

@@ -28,7 +28,8 @@ SHARED = [
 
 
 def test_names() -> None:
-    assert scaleclip_kernels.__all__ == ["ClipLoss", "SigLipLoss", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
+    functions = ["sigmoid_contrastive_loss", "softmax_contrastive_loss"]
+    assert scaleclip_kernels.__all__ == ["ClipLoss", "RankError", "SigLipLoss", *functions]
     assert all(getattr(scaleclip_kernels, name).__doc__ for name in scaleclip_kernels.__all__)
 
 
