@@ -58,7 +58,7 @@ def test_flags_are_restored_after_an_error(precision: str, monkeypatch: pytest.M
     x, y = (t.requires_grad_() for t in features("random", 50, 16))
     loss = LOSSES["softmax"](x, y, torch.tensor(14.3))
 
-    def fail(panel: panels._Panel, scale: Tensor) -> Tensor:
+    def fail(panel: panels._Panel) -> Tensor:
         raise MemoryError("no room for this panel")
 
     monkeypatch.setattr(panels._Panel, "logits", fail)
@@ -87,9 +87,9 @@ def test_products_run_under_their_own_flags(library: str, monkeypatch: pytest.Mo
     seen = set()
     logits = panels._Panel.logits
 
-    def spy(panel: panels._Panel, scale: Tensor) -> Tensor:
+    def spy(panel: panels._Panel) -> Tensor:
         seen.add((matmul_flags.fp32_precision, torch.is_autocast_enabled("cpu")))
-        return logits(panel, scale)
+        return logits(panel)
 
     monkeypatch.setattr(panels._Panel, "logits", spy)
     x, y = features("random", 50, 16)

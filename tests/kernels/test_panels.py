@@ -111,7 +111,8 @@ def test_logits_beyond_32_bits() -> None:
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=0)
     by_kind = leaves[1].grad.double().view(copies, num_kinds, 8)
     for got, true in ((leaves[0].grad.double(), x64.grad), (by_kind.sum(dim=0), kinds64.grad)):
-        torch.testing.assert_close(got, true, rtol=0, atol=1e-5 * true.abs().max().item())
+        # fp32 sums of three million terms
+        torch.testing.assert_close(got, true, rtol=0, atol=1e-4 * true.abs().max().item())
     # every copy but the first, which holds the matched columns, has the same gradient
     assert torch.equal(by_kind[1], by_kind[-1])
 
