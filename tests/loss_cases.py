@@ -22,7 +22,7 @@ REGIMES = ("random", "gap", "low", "hot")
 DUPLICATES = ("negative", "ignore", "positive")
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
 TINY_PANELS = (32, 48)
-MIN_DRAWS, MAX_DRAWS = 6, 30
+MIN_DRAWS, MAX_DRAWS = 6, 24
 
 
 class Result(NamedTuple):
