@@ -109,6 +109,20 @@ def test_low_precision_features(ours: type[nn.Module], theirs: type[nn.Module], 
     torch.testing.assert_close(loss, theirs()(image.float(), text.float(), *scalars))
 
 
+@both
+def test_features_of_two_dtypes(ours: type[nn.Module], theirs: type[nn.Module]) -> None:
+    """One tower in bf16 and one in fp32: neither is rounded, and each gets gradients of its dtype."""
+    image, text = features("random", 50, 64)
+    image, text = image.bfloat16().requires_grad_(), text.requires_grad_()
+    scalars = (torch.tensor(14.3), torch.tensor(-10.0))
+    loss = ours()(image, text, *scalars)
+    loss.backward()
+    torch.testing.assert_close(loss, theirs()(image.float(), text, *scalars))
+    assert image.grad is not None
+    assert text.grad is not None
+    assert (image.grad.dtype, text.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
 def tiny_model(**options: Any) -> CLIP:
     torch.manual_seed(0)
     vision = CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=16)
