@@ -137,6 +137,26 @@ def ring_peak_bytes(num_pairs: int, dim: int) -> dict[int, int]:
     return peaks
 
 
+def passes_in_any_order(ranks: bool) -> dict[str, dict[str, list[Tensor]]]:
+    """Feature gradients of two losses whose backward passes come in other orders than their forward passes, by schedule.
+
+    Features and sums over all ranks, in rank order; `ranks` False: the same of one process.
+    """
+    results = {}
+    for schedule in ("ring", "gather") if ranks else ("auto",):
+        torch.manual_seed(1)
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if ranks else (1, 0)
+        every = [torch.randn(12, FEATURES) for _ in range(4)]
+        x, y, u, v = (part.chunk(world_size)[rank].clone().requires_grad_() for part in every)
+        options: dict[str, Any] = {"group": dist.group.WORLD if ranks else None, "schedule": schedule}
+        first = softmax_contrastive_loss(x, y, torch.tensor(3.0), **options)
+        second = softmax_contrastive_loss(u, v, torch.tensor(7.0), **options)
+        interleaved = [*torch.autograd.grad(second, (u, v)), *torch.autograd.grad(first, (x, y), retain_graph=True)]
+        twice = list(torch.autograd.grad(first, (x, y)))
+        results[schedule] = {"interleaved": interleaved, "twice": twice}
+    return results
+
+
 def ring_events() -> list[str]:
     """What happens on this rank in a forward pass over a ring, in order; each block is two panels high."""
     events: list[str] = []

@@ -27,6 +27,7 @@ FAULTS = {
     "killed_in_backward": "RankError: no answer from",
     "killed_before": "RankError: no answer from",
     "killed_before_the_first_call": "RankError: no answer from",
+    "killed_with_the_store": "RankError: no answer from",
     "interrupted": "rank 2: KeyboardInterrupt: ",
     "other_batch": "calls the loss with sizes=[",
 }
@@ -34,8 +35,24 @@ FAULTS = {
 FAST = ("bad_argument", "killed_in_backward", "other_batch", "killed_before_the_first_call")
 
 
+def _store_in_a_file(folder: Path) -> dist.Store:
+    return dist.FileStore(str(folder / "store"), NUM_RANKS)
+
+
+def _store_on_the_faulty_rank(rank: int, folder: Path) -> dist.Store:
+    port = folder / "port"
+    if rank == FAULTY:
+        store = dist.TCPStore("localhost", 0, NUM_RANKS, is_master=True, wait_for_workers=False)
+        (folder / "port.partial").write_text(str(store.port))
+        (folder / "port.partial").rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("localhost", int(port.read_text()), NUM_RANKS, is_master=False)
+
+
 def run_rank(rank: int, folder: Path, fault: str, schedule: str) -> None:
-    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
+    store = _store_on_the_faulty_rank(rank, folder) if fault == "killed_with_the_store" else _store_in_a_file(folder)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     num_pairs = 7 if fault == "other_batch" and rank == FAULTY else 8
     x, y = (torch.randn(num_pairs, 4, requires_grad=True) for _ in range(2))
@@ -100,7 +117,8 @@ def test_every_rank_ends_with_the_first_message(fault: str, schedule: str, tmp_p
     assert codes == [1] * len(others)
     assert time.monotonic() - start < BOUND_S
     texts = [logs[rank].read_text() for rank in others]
-    if fault == "killed_before_the_first_call":  # there are no channels yet, and no first message: each says its own
+    # With no channels yet, or with the store that keeps the first message gone, each says its own.
+    if fault in ("killed_before_the_first_call", "killed_with_the_store"):
         assert all(FAULTS[fault] in text for text in texts)
         return
     (first,) = {text.partition("first failure was on ")[2].splitlines()[0] for text in texts if "first failure" in text}

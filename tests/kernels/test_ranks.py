@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loss_rank_jobs import Case, ring_events, ring_peak_bytes, run_cases, step
+from loss_rank_jobs import Case, passes_in_any_order, ring_events, ring_peak_bytes, run_cases, step
 from ranks import run_ranks
 
 ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
@@ -57,6 +57,18 @@ def test_mean_over_ranks_is_one_process(results: list[dict], name: str, num_rank
         # In bf16, W times a feature's gradient is rounded once more unless W is a power of two.
         unit = 2**-7 if case.dtype == torch.bfloat16 else 2**-20
         torch.testing.assert_close(mean, true, rtol=0, atol=unit * max(true.abs().max().item(), 1e-3))
+
+
+def test_backward_passes_in_another_order_and_twice() -> None:
+    (expected,) = passes_in_any_order(ranks=False).values()
+    every_rank = run_ranks(passes_in_any_order, 3, True)
+    for schedule in ("ring", "gather"):
+        for order, gradients in expected.items():
+            parts = [rank[schedule][order] for rank in every_rank]
+            for number, true in enumerate(gradients):
+                # a feature's gradient is W times its share of the mean
+                whole = torch.cat([part[number] for part in parts]) / 3
+                torch.testing.assert_close(whole, true, rtol=0, atol=2**-20 * true.abs().max().item())
 
 
 @pytest.mark.slow
