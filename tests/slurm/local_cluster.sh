@@ -166,7 +166,9 @@ accounting_works() { # slurmctld has made itself known to slurmdbd, which so far
 install_packages() {
   local packages=(mariadb-client mariadb-server munge slurm-client slurm-wlm-mysql-plugin slurmctld slurmd slurmdbd)
   local policy=/usr/sbin/policy-rc.d
-  dpkg-query --show --showformat '${db:Status-Status}\n' "${packages[@]}" 2>&1 | grep -qvx installed || return 0
+  local status # of the known ones; dpkg-query fails if it does not know one
+  status=$(dpkg-query --show --showformat '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null || true)
+  [ "$(grep -cx installed <<<"$status")" != "${#packages[@]}" ] || return 0
   if [ ! -e $policy ]; then # Debian's way to keep apt from starting services
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
     printf '#!/bin/sh\nexit 101\n' >$policy
