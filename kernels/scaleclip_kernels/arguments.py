@@ -4,6 +4,7 @@ Shapes: N pairs (a rank's own slice where a group is given), V views, M columns,
 """
 
 import contextlib
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from scaleclip_kernels import panels, reference
-from scaleclip_kernels.blocks import Block, Side
+from scaleclip_kernels.blocks import Block, Fp32Precision, Side
 from scaleclip_kernels.channels import Channels, channels_over
-from scaleclip_kernels.distributed import Layout, Piece, Schedule, ScheduleName, make_schedule
+from scaleclip_kernels.distributed import Layout, Piece, Schedule, ScheduleName, make_schedule, say_once
 
 Duplicates = Literal["negative", "ignore", "positive"]
 Backend = Literal["auto", "triton", "panels", "reference"]
+
+_CHOICES = {"duplicates": Duplicates, "fp32_precision": Fp32Precision, "schedule": ScheduleName, "backend": Backend}
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +39,7 @@ class Options:
     duplicates: Duplicates
     views: int
     compute_dtype: torch.dtype | None
+    fp32_precision: Fp32Precision
     group: ProcessGroup | None
     sizes: Sequence[int] | None
     schedule: ScheduleName
@@ -80,6 +84,7 @@ class Call:
 
     pairs: Pairs
     compute_dtype: torch.dtype
+    fp32_precision: Fp32Precision
     backend: ModuleType
     schedule: Schedule
     channels: Channels | None
@@ -107,7 +112,13 @@ class Call:
         """This rank's rows against a piece of the columns (features, invalid, ids) that are here now."""
         features, invalid, ids = columns
         assert features is not None, "columns have features"
-        return Block(rows, Side(features, invalid, ids).part(piece.columns), piece.matched, self.pairs.duplicates == "positive")
+        return Block(
+            rows,
+            Side(features, invalid, ids).part(piece.columns),
+            piece.matched,
+            self.pairs.duplicates == "positive",
+            self.fp32_precision,
+        )
 
 
 def prepare(
@@ -127,8 +138,7 @@ def prepare(
     """
     channels = channels_over(options.group, x_ND.device)
     with contextlib.nullcontext() if channels is None else channels.shared_fate():
-        for name in ("duplicates", "schedule", "backend"):
-            allowed = {"duplicates": Duplicates, "schedule": ScheduleName, "backend": Backend}[name]
+        for name, allowed in _CHOICES.items():
             if getattr(options, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(options, name)!r} is not one of {', '.join(get_args(allowed))}")
         if not isinstance(options.views, int):
@@ -154,7 +164,7 @@ def prepare(
                 f"gradients={wanted} bias={logit_bias is not None}"
             )
         schedule = make_schedule(options.schedule, layout, channels)
-        return Call(pairs, compute_dtype, _backend(options.backend, x_ND.device, schedule.num_ranks), schedule, channels)
+        return Call(pairs, compute_dtype, options.fp32_precision, _backend(options, x_ND.device, schedule.num_ranks), schedule, channels)
 
 
 def _pairs(x_ND: Tensor, y_MD: Tensor, options: Options) -> Pairs:
@@ -243,16 +253,36 @@ def _layout(pairs: Pairs, sizes: Sequence[int] | None, channels: Channels | None
     return Layout(sizes, pairs.views, pairs.extras)
 
 
-def _backend(name: Backend, device: torch.device, num_ranks: int) -> ModuleType:
-    if name == "triton":
-        raise ValueError(
-            f"backend='triton' cannot run on {device}: this version has no Triton kernels; choose 'auto' or 'panels'"
-        )
+def _backend(options: Options, device: torch.device, num_ranks: int) -> ModuleType:
+    name: str = options.backend
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "panels"
+        say_once(f"backend {name} on {device.type}")
     if name == "reference" and num_ranks > 1:
         raise ValueError(
             f"backend='reference' cannot run over {num_ranks} ranks: it stores the whole matrix in one process; choose 'auto'"
         )
-    return reference if name == "reference" else panels
+    if options.fp32_precision != "ieee" and name != "triton":
+        raise ValueError(
+            f"fp32_precision={options.fp32_precision!r} is for tensor cores: backend={name!r} on {device} has only 'ieee'"
+        )
+    return _triton_backend(device) if name == "triton" else {"reference": reference, "panels": panels}[name]
+
+
+def _triton_backend(device: torch.device) -> ModuleType:
+    try:
+        triton = importlib.import_module("triton")
+        backend = importlib.import_module("scaleclip_kernels.triton_backend")
+    except ImportError as error:
+        raise ValueError(
+            f"backend='triton' cannot run: triton cannot be imported ({error}); install it, or choose backend='panels'"
+        ) from error
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend='triton' cannot run on {device}: it needs a CUDA or ROCm device; choose 'auto' or 'panels' "
+            "(TRITON_INTERPRET=1 in the environment runs its kernels in an interpreter, for tests)"
+        )
+    return backend
 
 
 def _side(features: Tensor, valid: Tensor | None, ids: Tensor | None) -> Side:

@@ -4,10 +4,12 @@ Shapes: N rows (x), M columns (y), D feature dims; n and m are the rows and colu
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Fp32Precision = Literal["ieee", "tf32x3"]
 
 # Logits are kept in base 2 where an exponential follows: exp2 is the cheaper one on CPUs and GPUs alike.
 LOG2_E = 1.4426950408889634
@@ -45,6 +47,18 @@ class Block(NamedTuple):
     matched: Matched
     duplicates_are_positive: bool
     """What ids do to a pair that is not matched: make it one more positive, or leave it out of the denominators."""
+    fp32_precision: Fp32Precision = "ieee"
+    """How fp32 features are multiplied."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.x.features), len(self.y.features)
+
+    def part(self, rows: slice, columns: slice) -> "Block":
+        """Some rows and columns, with matched pairs counted from their first."""
+        row, column, length = self.matched
+        matched = Matched(row - rows.start, column - columns.start, length)
+        return self._replace(x=self.x.part(rows), y=self.y.part(columns), matched=matched)
 
 
 # Enough for a few passes to stay in a core's cache, and for a matrix product to reach its full rate.

@@ -262,7 +262,7 @@ def make_schedule(name: ScheduleName, layout: Layout, channels: Channels | None)
         return Alone(layout)
     if name == "auto":
         name = "ring" if channels.num_ranks <= MAX_RING_RANKS else "gather"
-        _say_once(f"schedule {name} for {channels.num_ranks} ranks (ring up to {MAX_RING_RANKS})")
+        say_once(f"schedule {name} for {channels.num_ranks} ranks (ring up to {MAX_RING_RANKS})")
     return Ring(layout, channels) if name == "ring" else Gather(layout, channels)
 
 
@@ -325,5 +325,5 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     _log.info(message)

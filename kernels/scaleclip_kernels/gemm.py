@@ -75,6 +75,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left[:, start : start + step], right[start : start + step])
 
 
+def add_panel_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor * left @ right, in place: fp32 sums of products in the operands' dtype, fp32 never as TF32."""
+    if left.dtype == torch.float32:
+        with fp32_products(total.device, left.shape[1]):
+            total.addmm_(left, right, alpha=factor)
+    elif total.device.type == "cpu":  # has no such product: under Triton's interpreter the same sums, from widened operands
+        total.addmm_(left.float(), right.float(), alpha=factor)
+    else:
+        with torch.autocast(total.device.type, enabled=False):
+            torch.addmm(total, left, right, alpha=factor, out_dtype=torch.float32, out=total)
+
+
 def _has_onednn() -> bool:
     return bool(_onednn.is_available()) and hasattr(_onednn, "matmul")
 

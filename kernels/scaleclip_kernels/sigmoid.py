@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from scaleclip_kernels import reference
 from scaleclip_kernels.arguments import Backend, Call, Duplicates, Options, prepare
-from scaleclip_kernels.blocks import add_scaled_rows, dot_rows
+from scaleclip_kernels.blocks import Fp32Precision, add_scaled_rows, dot_rows
 from scaleclip_kernels.distributed import Carried, ScheduleName, Visit
 
 
@@ -31,6 +31,7 @@ def sigmoid_contrastive_loss(
     duplicates: Duplicates = "negative",
     views: int = 1,
     compute_dtype: torch.dtype | None = None,
+    fp32_precision: Fp32Precision = "ieee",
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
     schedule: ScheduleName = "auto",
@@ -64,6 +65,7 @@ def sigmoid_contrastive_loss(
         duplicates=duplicates,
         views=views,
         compute_dtype=compute_dtype,
+        fp32_precision=fp32_precision,
         group=group,
         sizes=sizes,
         schedule=schedule,

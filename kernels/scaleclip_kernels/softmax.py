@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 
 from scaleclip_kernels import reference
 from scaleclip_kernels.arguments import Backend, Call, Duplicates, Options, prepare
-from scaleclip_kernels.blocks import LN_2, LOG2_E, Side, add_scaled_rows, dot_rows
+from scaleclip_kernels.blocks import Fp32Precision, LN_2, LOG2_E, Side, add_scaled_rows, dot_rows
 from scaleclip_kernels.distributed import Carried, ScheduleName, Visit
 
 
@@ -33,6 +33,7 @@ def softmax_contrastive_loss(
     views: int = 1,
     weights: tuple[float, float] = (0.5, 0.5),
     compute_dtype: torch.dtype | None = None,
+    fp32_precision: Fp32Precision = "ieee",
     group: ProcessGroup | None = None,
     sizes: Sequence[int] | None = None,
     schedule: ScheduleName = "auto",
@@ -87,6 +88,7 @@ def softmax_contrastive_loss(
         duplicates=duplicates,
         views=views,
         compute_dtype=compute_dtype,
+        fp32_precision=fp32_precision,
         group=group,
         sizes=sizes,
         schedule=schedule,

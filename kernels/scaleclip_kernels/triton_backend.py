@@ -1,0 +1,9 @@
+"""The Triton kernels under the names that a backend has (`panels.py` says what they do).
+
+A module of its own, imported where it is asked for: the rest of the package works without triton.
+"""
+
+from scaleclip_kernels.triton_sigmoid import sigmoid_block
+from scaleclip_kernels.triton_softmax import fold_softmax, softmax_gradients
+
+__all__ = ["fold_softmax", "sigmoid_block", "softmax_gradients"]
