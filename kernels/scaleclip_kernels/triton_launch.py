@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scaleclip_kernels.blocks import Block
 from scaleclip_kernels.gemm import add_panel_product
-from scaleclip_kernels.tuning import Launch
+from scaleclip_kernels.tuning import Kernel, Launch, launch_for
 
 PARTIAL_BYTES = 64 << 20
 """Of the parts of sums that a super-panel leaves before they are folded: what keeps memory linear in the batch."""
@@ -33,6 +33,11 @@ def scale_parts(scale: Tensor) -> Tensor:
     """fp64 () to fp32 [2] that sum to it."""
     high = scale.float()
     return torch.stack([high, (scale - high).float()])
+
+
+def block_launch(kernel: Kernel, block: Block) -> Launch:
+    features = block.x.features
+    return launch_for(kernel, features.dtype, block.fp32_precision, block.duplicates_are_positive, features.device)
 
 
 def num_tiles(panel: Block, launch: Launch) -> tuple[int, int]:

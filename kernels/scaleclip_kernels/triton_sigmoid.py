@@ -19,12 +19,12 @@ from scaleclip_kernels.triton_launch import (
     GRADIENT_SCALE,
     GradientPanels,
     arguments,
+    block_launch,
     num_tiles,
     scale_parts,
     super_panels,
 )
 from scaleclip_kernels.triton_tiles import count, place, present, products, same, scaled, store_panel
-from scaleclip_kernels.tuning import launch_for
 
 _LOG2_E = tl.constexpr(LOG2_E)
 # 64 factors of at most 2 stay far below fp32's overflow at 2^128.
@@ -93,10 +93,10 @@ def sigmoid_kernel(
     loss = tl.sum(tl.maximum(logits_RC, 0.0)) + tl.sum(_log1p(joined))
     tl.store(totals + 2 * tl.program_id(0), loss * factor)
     if gradients is not None:
-        gradients_RC = tl.where(logits_RC >= 0, 1.0, small_RC) / (1.0 + small_RC)
+        gradients_RC = factor / (1.0 + small_RC)
+        gradients_RC = tl.where(logits_RC >= 0, gradients_RC, gradients_RC * small_RC)
         if POSITIVE:
             gradients_RC = tl.where(is_same_RC, -gradients_RC, gradients_RC)
-        gradients_RC *= factor
         tl.store(totals + 2 * tl.program_id(0) + 1, tl.sum(gradients_RC))
         store_panel(
             gradients, gradients_RC * GRADIENT_SCALE, first_row, first_column, num_rows, num_columns, gradients_stride,
@@ -129,7 +129,7 @@ def sigmoid_block(
 ) -> None:
     """See `panels.sigmoid_block`."""
     features = block.x.features
-    launch = launch_for("sigmoid", features.dtype, features.device)
+    launch = block_launch("sigmoid", block)
     common = {
         "scale": scale_parts(logit_scale.double()),
         "bias": logit_bias,

@@ -19,11 +19,11 @@ from scaleclip_kernels.triton_launch import (
     GRADIENT_SCALE,
     GradientPanels,
     arguments,
+    block_launch,
     num_tiles,
     scale_parts,
     super_panels,
 )
-from scaleclip_kernels.tuning import launch_for
 from scaleclip_kernels.triton_tiles import LOWEST, count, place, present, products, same, scaled, store_panel
 
 # A tile has one exponential an element where the sum of each row and column stays above this, 2^-64: what is lost to
@@ -301,7 +301,7 @@ def softmax_gradients_kernel(
 def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, column_sums: Callable[[], Tensor] | None) -> None:
     """See `panels.fold_softmax`."""
     scale = scale_parts(logit_scale.double() * LOG2_E)
-    launch = launch_for("softmax_sums", block.x.features.dtype, block.x.features.device)
+    launch = block_launch("softmax_sums", block)
     num_sums = 4 if block.duplicates_are_positive else 2
     for panel, rows, columns in super_panels(block, launch, num_sums):
         num_rows, num_columns = panel.shape
@@ -344,7 +344,7 @@ def softmax_gradients(
 ) -> None:
     """See `panels.softmax_gradients`."""
     scale = scale_parts(logit_scale.double() * LOG2_E)
-    launch = launch_for("softmax_gradients", block.x.features.dtype, block.x.features.device)
+    launch = block_launch("softmax_gradients", block)
     panels = GradientPanels(block, launch, grad_x, grad_y)
     for panel in panels:
         softmax_gradients_kernel[panel.grid](

@@ -1,17 +1,37 @@
-"""How each kernel is launched on each architecture: a table that `tools/tune_kernels.py` measures anew on hardware.
+"""How each kernel is launched on each architecture: `launches.csv`, which `tools/tune_kernels.py` writes.
 
-No entry was timed yet: they were chosen from machine code compiled ahead of time (`tools/inspect_kernels.py`), for full use of
-the matrix units without spills. Nothing is tuned at run time: the same launch in every run is what bit-equal resume needs.
+Nothing is tuned while training: the same launch in every run and on every rank is what bit-equal resume needs.
 """
 
+import csv
 import functools
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from importlib import resources
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from scaleclip_kernels.blocks import Fp32Precision
+
 Kernel = Literal["softmax_sums", "softmax_gradients", "sigmoid"]
-KERNELS: tuple[Kernel, ...] = ("softmax_sums", "softmax_gradients", "sigmoid")
+Products = Literal["16 bits", "ieee", "tf32x3"]
+"""How a tile's products are made: bf16 and fp16 features alike, fp32 features by their precision."""
+
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+PRODUCTS: tuple[Products, ...] = get_args(Products)
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+OTHER = "other"
+"""Stands in the table for every other architecture."""
+
+
+class Key(NamedTuple):
+    """What a launch is chosen for."""
+
+    architecture: str
+    kernel: Kernel
+    products: Products
+    positives: bool
+    """Whether ids make further positives, which takes more registers."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +45,36 @@ class Launch:
     num_warps: int
     num_stages: int
     """Steps of the main loop whose features are on their way or in shared memory."""
-    tma: bool = False
+    tma: bool
     """Features come through the tensor memory accelerator, where their rows are aligned to 16 bytes."""
     group: int = 8
     """Row tiles that meet one column tile before the next one is taken."""
 
 
-# The interpreter needs about a millisecond an operation whatever its size, so tiles are not small; they divide no test's shapes.
-INTERPRETER = Launch(32, 64, 32, num_warps=4, num_stages=1)
-# Any GPU that is not in the table: small tiles fit 99 KiB of shared memory (sm86, sm89, sm120) and 64 KiB (AMD).
-FALL_BACK = {2: Launch(64, 64, 32, num_warps=4, num_stages=2), 4: Launch(64, 64, 32, num_warps=4, num_stages=1)}
-
-TABLE: dict[str, dict[tuple[Kernel, int], Launch]] = {}
-"""Architecture -> (kernel, bytes of a feature) -> launch."""
+# Each operation costs the interpreter about as much whatever its size, so its tiles are not smaller; no test's shapes are their
+# multiples.
+INTERPRETER = Launch(32, 64, 32, num_warps=4, num_stages=1, tma=False)
 
 
-def launch_for(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> Launch:
-    """The entry for features of `dtype`; a CPU is Triton's interpreter."""
+def launch_for(kernel: Kernel, dtype: torch.dtype, precision: Fp32Precision, positives: bool, device: torch.device) -> Launch:
+    """For features of `dtype`. A CPU is Triton's interpreter."""
     if device.type == "cpu":
         return INTERPRETER
-    return TABLE.get(architecture(device), {}).get((kernel, dtype.itemsize), FALL_BACK[dtype.itemsize])
+    products: Products = "16 bits" if dtype.itemsize == 2 else precision
+    launches = table()
+    found = launches.get(Key(architecture(device), kernel, products, positives))
+    return launches[Key(OTHER, kernel, products, positives)] if found is None else found
+
+
+@functools.cache
+def table() -> dict[Key, Launch]:
+    """All of launches.csv."""
+    launches = {}
+    for row in csv.DictReader(resources.files("scaleclip_kernels").joinpath("launches.csv").read_text().splitlines()):
+        key = Key(row["architecture"], row["kernel"], row["products"], row["positives"] == "yes")  # type: ignore[arg-type]
+        numbers = {field.name: int(row[field.name]) for field in fields(Launch) if field.name != "tma"}
+        launches[key] = Launch(**numbers, tma=row["tma"] == "yes")
+    return launches
 
 
 @functools.cache

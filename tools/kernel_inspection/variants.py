@@ -1,0 +1,111 @@
+"""What is compiled: a kernel as it is launched on an architecture, for a dtype and for the options that change its code."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from scaleclip_kernels import triton_launch, triton_sigmoid, triton_softmax
+from scaleclip_kernels.tuning import Kernel, Key, Launch, Products, table
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Options = Literal["plain", "one way", "ignore", "positive"]
+"""All pairs valid, both directions; one direction; ids that leave pairs out, or make positives, with validity and weights."""
+
+DIM = 512
+KERNEL_FUNCTIONS: dict[Kernel, JITFunction[Any]] = {
+    "softmax_sums": triton_softmax.softmax_sums_kernel,
+    "softmax_gradients": triton_softmax.softmax_gradients_kernel,
+    "sigmoid": triton_sigmoid.sigmoid_kernel,
+}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TF32_PRODUCTS = 3
+_POINTERS = {
+    "fp32": ("scale", "bias", "share", "row_terms", "column_terms", "row_weight", "column_weight", "row_partials",
+             "column_partials", "totals"),
+    "u8": ("row_invalid", "column_invalid"),
+    "i64": ("row_ids", "column_ids"),
+}  # fmt: skip
+_TYPES = {name: f"*{kind}" for kind, names in _POINTERS.items() for name in names}
+_UNALIGNED = {*triton_launch.DO_NOT_SPECIALIZE, "share", "row_weight", "column_weight"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation."""
+
+    architecture: str
+    kernel: Kernel
+    dtype: Dtype
+    products: Products
+    options: Options
+    launch: Launch
+
+    @property
+    def name(self) -> str:
+        products = "" if self.products == "16 bits" else f" {self.products}"
+        return f"{self.architecture} {self.kernel} {self.dtype}{products} {self.options}"
+
+    @property
+    def matrix_flop(self) -> float:
+        """Of a tile's products at DIM feature dims."""
+        times = _TF32_PRODUCTS if self.products == "tf32x3" else 1
+        return 2.0 * times * self.launch.block_rows * self.launch.block_columns * DIM
+
+
+def variants(architecture: str) -> Iterator[Variant]:
+    """Every entry of the launch table, with every option in bf16; fp16 and fp32 as they are used most."""
+    for key, launch in table().items():
+        if key.architecture == architecture:
+            for dtype in ("bf16", "fp16") if key.products == "16 bits" else ("fp32",):
+                for options in _options(key, dtype):
+                    yield Variant(architecture, key.kernel, dtype, key.products, options, launch)  # type: ignore[arg-type]
+
+
+def _options(key: Key, dtype: str) -> tuple[Options, ...]:
+    if key.positives:
+        return ("positive",)
+    if dtype != "bf16":
+        return ("plain",)
+    return ("plain", "ignore") if key.kernel == "sigmoid" else ("plain", "one way", "ignore")
+
+
+def signature(variant: Variant) -> tuple[dict[str, str], dict[str, Any], set[str]]:
+    """Types by parameter, values of the constant ones, and those that are multiples of 16."""
+    launch = variant.launch
+    constants: dict[str, Any] = {
+        "POSITIVE": variant.options == "positive",
+        "GRADIENT_SCALE": triton_launch.GRADIENT_SCALE[_TORCH[variant.dtype]],
+        "BLOCK_ROWS": launch.block_rows,
+        "BLOCK_COLUMNS": launch.block_columns,
+        "BLOCK_DIM": launch.block_dim,
+        "GROUP": launch.group,
+        "EVEN_DIM": DIM % launch.block_dim == 0,
+        "TMA": launch.tma,
+        "PRECISION": "tf32x3" if variant.products == "tf32x3" else "ieee",
+        "EXACT_SCALE": variant.dtype == "fp32",
+    }
+    if variant.options not in ("ignore", "positive"):
+        constants |= dict.fromkeys(_POINTERS["u8"] + _POINTERS["i64"] + ("row_weight", "column_weight", "share"))
+    if variant.options == "one way":
+        constants |= dict.fromkeys(("column_terms", "column_partials"))
+    tiles = {
+        "x": (launch.block_rows, launch.block_dim),
+        "y": (launch.block_columns, launch.block_dim),
+        "gradients": (launch.block_rows, launch.block_columns),
+    }
+    names = KERNEL_FUNCTIONS[variant.kernel].arg_names
+    types, aligned = {}, set()
+    for name in names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in tiles and launch.tma:
+            rows, columns = tiles[name]
+            types[name] = f"tensordesc<{variant.dtype}[{rows},{columns}]>"
+        else:
+            types[name] = f"*{variant.dtype}" if name in tiles else _TYPES.get(name, "i32")
+            if name not in _UNALIGNED:
+                aligned.add(name)
+    return types, {name: value for name, value in constants.items() if name in names}, aligned

@@ -1,0 +1,200 @@
+"""Chooses how each Triton kernel is launched and writes kernels/scaleclip_kernels/launches.csv.
+
+python tools/tune_kernels.py --by machine-code --architecture sm90    compiled ahead of time, no GPU needed
+python tools/tune_kernels.py --by time                                measured, on the GPU that is here
+
+By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula is
+printed). By time: the one with the least median time, of those whose results agree with the panels. Only the rows of what was
+chosen are replaced; without --write the choice is only printed.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # jit functions bind when they are imported
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import scaleclip_kernels
+from kernel_inspection.chips import CHIPS
+from kernel_inspection.compiled import Report, inspect
+from kernel_inspection.timing import time_launch
+from kernel_inspection.variants import DIM, Options, Variant
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scaleclip_kernels.tuning import ARCHITECTURES, KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, Products, architecture
+
+PATH = Path(scaleclip_kernels.__file__).parent / "launches.csv"
+KEY_FIELDS = Key._fields
+LAUNCH_FIELDS = tuple(field.name for field in fields(Launch))
+CHOSEN_BY = "chosen_by"
+
+# Rows, columns and warps of a tile. A warp's share of more than 128 x 128 logits / 4 does not fit its registers.
+TILES_16_BITS = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+TILES_FP32 = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+# For every architecture that is not in the table: no kernel needs 48 KiB of shared memory or spills on any that is.
+OTHER_LAUNCH = Launch(64, 64, 32, num_warps=4, num_stages=2, tma=False)
+L2_BYTES_A_CYCLE = 64
+"""From the second-level cache to one multiprocessor: its port's width."""
+FORMULA = (
+    f"max(main, rest) + min(main, rest) / blocks on a multiprocessor, for a tile at D = {DIM}: main = max(matrix units, issue of "
+    f"the main loop, {L2_BYTES_A_CYCLE} bytes of features a cycle), rest = the busiest pipe beside the main loop"
+)
+
+
+def candidates(architecture: str, products: Products) -> Iterator[Launch]:
+    """Launches worth a try."""
+    is_nvidia = architecture.startswith("sm")
+    has_tma = is_nvidia and int(architecture[2:]) >= 90
+    dims = (32,) if products != "16 bits" else (64,) if has_tma else (32, 64)
+    for rows, columns, warps in TILES_16_BITS if products == "16 bits" else TILES_FP32:
+        for block_dim in dims:
+            for stages in (3, 4) if is_nvidia else (2,):
+                # the FMA units read shared memory as TMA lays it out with an address calculation an element
+                for tma in (True,) if has_tma and products != "ieee" else (False,):
+                    yield Launch(rows, columns, block_dim, warps, stages, tma)
+
+
+def spellings(products: Products, kernel: Kernel, positives: bool) -> Sequence[Options]:
+    """Options whose code a launch must fit; the first is the one that counts."""
+    if positives:
+        return ("positive",)
+    if products != "16 bits":
+        return ("plain",)
+    return ("plain", "ignore") if kernel == "sigmoid" else ("plain", "ignore", "one way")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--by", choices=("machine-code", "time"), required=True)
+    parser.add_argument("--architecture", default=",".join(ARCHITECTURES), help="by machine code: which (default: %(default)s)")
+    parser.add_argument("--kernel", default=",".join(KERNELS), help="which (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16_384, help="by time: pairs (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at once (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help="replace the rows of launches.csv")
+    options = parser.parse_args(arguments)
+    for name, allowed in (("architecture", ARCHITECTURES), ("kernel", KERNELS)):
+        for value in getattr(options, name).split(","):
+            if value not in allowed:
+                parser.error(f"--{name} {value} is not one of {', '.join(allowed)}")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if options.by == "time":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--by time needs a GPU, and torch finds none; --by machine-code needs none")
+        device = torch.device("cuda")
+        chosen_by = f"time on {torch.cuda.get_device_name()}, torch {torch.__version__}, N = {options.batch}, D = {DIM}"
+        architectures = [architecture(device)]
+    else:
+        chosen_by, architectures = "machine code", options.architecture.split(",")
+    console.print(FORMULA, markup=False) if options.by == "machine-code" else None
+    keys = [Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)]
+    rows = dict.fromkeys(keys, (OTHER_LAUNCH, "what fits everywhere"))
+    for name in architectures:
+        for key in (key._replace(architecture=name) for key in keys if key.kernel in options.kernel.split(",")):
+            if key.products == "tf32x3" and not name.startswith("sm"):
+                continue  # Triton has no such products there
+            launch = _by_time(console, key, options.batch) if options.by == "time" else _by_code(console, key, options.jobs)
+            if launch is not None:
+                rows[key] = launch, chosen_by
+    if options.write:
+        _write(rows)
+        console.print(f"{len(rows)} rows of {PATH.name} replaced")
+    return 0
+
+
+def estimated_cycles(report: Report) -> float:
+    """A logit, by FORMULA."""
+    launch = report.variant.launch
+    feature_bytes = (launch.block_rows + launch.block_columns) * DIM * (4 if report.variant.dtype == "fp32" else 2)
+    main_cycles = max(report.matrix_cycles, report.loop_cycles, feature_bytes / L2_BYTES_A_CYCLE)
+    rest = report.pipe_cycles[report.busiest_pipe]
+    overlapped = max(main_cycles, rest) + min(main_cycles, rest) / report.blocks
+    return overlapped / (launch.block_rows * launch.block_columns)
+
+
+def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
+    dtype = "bf16" if key.products == "16 bits" else "fp32"
+    tried = [
+        [Variant(key.architecture, key.kernel, dtype, key.products, options, launch)  # type: ignore[arg-type]
+         for options in spellings(key.products, key.kernel, key.positives)]
+        for launch in candidates(key.architecture, key.products)
+    ]  # fmt: skip
+    with ProcessPoolExecutor(jobs) as pool:
+        work = pool.map(_inspect_all, tried)
+        results = list(track(work, f"{key}", total=len(tried), console=console, transient=True))
+    table = Table("launch", "registers", "spills", "shared KiB", "blocks", "cycles a logit", title=str(key), title_justify="left")
+    best: tuple[float, Launch] | None = None
+    for variants, reports in zip(tried, results, strict=True):
+        launch = variants[0].launch
+        if isinstance(reports, str):
+            table.add_row(_shown(launch), reports)
+            continue
+        spills = max(report.spills + report.stack_bytes for report in reports)
+        shared = max(report.shared_bytes for report in reports)
+        fits = shared <= CHIPS[key.architecture].shared_bytes
+        cycles = estimated_cycles(reports[0]) if fits else float("inf")
+        first = reports[0]
+        table.add_row(
+            _shown(launch), str(first.registers), str(spills), str(shared >> 10), str(first.blocks), f"{cycles:.4f}"
+        )
+        if fits and spills == 0 and (best is None or cycles < best[0]):
+            best = cycles, launch
+    console.print(table)
+    console.print(f"  -> {'none without spills' if best is None else _shown(best[1])}")
+    return None if best is None else best[1]
+
+
+def _inspect_all(variants: Sequence[Variant]) -> list[Report] | str:
+    try:
+        return [inspect(variant) for variant in variants]
+    except Exception as error:
+        return f"does not compile: {type(error).__name__}"
+
+
+def _by_time(console: Console, key: Key, batch: int) -> Launch | None:
+    table = Table("launch", "ms", title=str(key), title_justify="left")
+    best: tuple[float, Launch] | None = None
+    for launch in candidates(key.architecture, key.products):
+        milliseconds, fault = time_launch(key, launch, batch)
+        table.add_row(_shown(launch), fault or f"{milliseconds:.3f}")
+        if not fault and (best is None or milliseconds < best[0]):
+            best = milliseconds, launch
+    console.print(table)
+    return None if best is None else best[1]
+
+
+def _shown(launch: Launch) -> str:
+    path = "TMA" if launch.tma else "pointers"
+    tile = f"{launch.block_rows} x {launch.block_columns} x {launch.block_dim}"
+    return f"{tile}, {launch.num_warps} warps, {launch.num_stages} stages, {path}"
+
+
+def _write(rows: dict[Key, tuple[Launch, str]]) -> None:
+    """Put rows in the place of those with the same key; every other row stays as it is."""
+    kept: dict[tuple[str, ...], dict[str, str]] = {}
+    if PATH.exists():
+        with PATH.open(newline="") as file:
+            kept = {tuple(row[name] for name in KEY_FIELDS): row for row in csv.DictReader(file)}
+    for key, (launch, chosen_by) in rows.items():
+        values = {**key._asdict(), **asdict(launch), CHOSEN_BY: chosen_by}
+        row = {name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for name, value in values.items()}
+        kept[tuple(row[name] for name in KEY_FIELDS)] = row
+    order = [*ARCHITECTURES, OTHER]
+    listed = sorted(kept.values(), key=lambda row: order.index(row["architecture"]))
+    with PATH.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*KEY_FIELDS, *LAUNCH_FIELDS, CHOSEN_BY], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(listed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
