@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import triton_interpreter  # noqa: F401  # before anything imports triton
 import yaml
 
 from helpers import make_sample, write_tar

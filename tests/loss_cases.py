@@ -1,11 +1,14 @@
 """Inputs for the tests of the losses, and the error budget: twice the error of plain torch, plus two units of rounding.
 
+The Triton kernels write the logits' gradients G in the features' dtype: in 16 bits plain torch is given G so rounded, once.
+
 Shapes: N pairs, V views, M columns, D feature dims.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from scaleclip_kernels import panels, sigmoid_contrastive_loss, softmax_contrastive_loss
+from scaleclip_kernels import panels, sigmoid_contrastive_loss, softmax_contrastive_loss, triton_launch
 
 Loss = Callable[..., Tensor]
 
@@ -23,6 +26,9 @@ DUPLICATES = ("negative", "ignore", "positive")
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
 TINY_PANELS = (32, 48)
 MIN_DRAWS, MAX_DRAWS = 6, 24
+# a draw takes the interpreter a second
+TRITON_DRAWS = 3
+GRADIENT_SCALE = {torch.bfloat16: 1.0, torch.float16: 8192.0}
 
 
 class Result(NamedTuple):
@@ -85,8 +91,13 @@ def evaluate(function: Loss, x: Tensor, y: Tensor, scale: float, bias: float | N
 
 
 def set_panels(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
+    """Of both backends; a super-panel of the kernels' sums is never narrower than a tile."""
     monkeypatch.setattr(panels, "PANEL_ROWS", rows)
     monkeypatch.setattr(panels, "PANEL_COLUMNS", columns)
+    monkeypatch.setattr(triton_launch, "SUPER_ROWS", rows)
+    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 2 * columns)
+    monkeypatch.setattr(triton_launch, "GRADIENT_ROWS", rows)
+    monkeypatch.setattr(triton_launch, "GRADIENT_BYTES", 4 * rows * columns)
 
 
 @dataclass(frozen=True)
@@ -103,25 +114,32 @@ class Inputs:
     dtype: torch.dtype = torch.float32
     views: int = 1
     extras: int = 0
+    backend: str = "panels"
 
     def errors(self, *, compute_dtype: torch.dtype | None = None, **options: Any) -> list[Errors]:
-        """Of panels and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them.
+        """Of the backend and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them.
 
         A mean over draws, more of them the fewer numbers there are: one number can be right to the last bit by chance.
         """
         function, scalars = LOSSES[self.loss], (self.scale, self.bias)
         sums = torch.zeros(len(Result._fields), 3, dtype=torch.float64)
         num_draws = min(max(MIN_DRAWS, 200 // max(self.num_pairs, 1)), MAX_DRAWS)
+        if self.backend == "triton":
+            num_draws = TRITON_DRAWS
         for seed in range(num_draws):
             drawn = features(self.regime, self.num_pairs, self.dim, seed, views=self.views, extras=self.extras)
             x, y = (t.to(self.dtype) for t in drawn)
             rounded_x, rounded_y = (t.to(compute_dtype or self.dtype) for t in (x, y))
-            ours_options = {**options, "views": self.views, "backend": "panels"}
+            ours_options = {**options, "views": self.views, "backend": self.backend}
             plain_options = {**ours_options, "backend": "reference"}
             truth = evaluate(function, rounded_x.double(), rounded_y.double(), *scalars, **plain_options)
             in_fp32 = evaluate(function, rounded_x.float(), rounded_y.float(), *scalars, **plain_options)
             plain = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **plain_options)
             ours = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **ours_options)
+            if self.backend == "triton" and rounded_x.itemsize == 2:
+                from_rounded = self._gradients_from_rounded(rounded_x, rounded_y, plain_options)
+            else:
+                from_rounded = {}
             for i, (name, true, theirs, got) in enumerate(zip(Result._fields, truth, plain, ours, strict=True)):
                 assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype)
                 assert got.isfinite().all(), f"{name} is not finite"
@@ -132,12 +150,32 @@ class Inputs:
                     # <dx, x> / scale needs no pass over the logits, and has what rounding there is in dx
                     from_x = (in_fp32.x.double() * rounded_x.double()).sum() / self.scale
                     plain_error = torch.maximum(plain_error, (from_x - true).abs())
+                if name in from_rounded:
+                    plain_error = torch.maximum(plain_error, (from_rounded[name] - true).abs().max())
                 if name == "logit_bias":
                     size = size.clamp(min=1)  # a sum of terms up to 1, which cancel
                 # at scale 100 even fp64's log-sum-exp less the matched logit is off by 1e-14
                 slack = 2 * torch.finfo(got.dtype).eps * size + 4 * torch.finfo(torch.float64).eps * max(self.scale, 1)
                 sums[i] += torch.stack([(got - true).abs().max(), plain_error, slack])
         return [Errors(name, *errors) for name, errors in zip(Result._fields, (sums / num_draws).tolist(), strict=True)]
+
+
+    def _gradients_from_rounded(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+        """fp64 but for G of unmatched pairs, which is rounded to the dtype of x and y.
+
+        One-hot features beside x, with zeros beside y, change no logit, and y's gradient there is scale * G^T.
+        """
+        function, dtype, num_pairs = LOSSES[self.loss], x.dtype, self.num_pairs
+        wide_x = torch.cat([x.double(), torch.eye(num_pairs, dtype=torch.float64)], dim=1)
+        wide_y = torch.cat([y.double(), torch.zeros(len(y), num_pairs, dtype=torch.float64)], dim=1)
+        gradient = evaluate(function, wide_x, wide_y, self.scale, self.bias, **options).y[:, self.dim :].T / self.scale
+        # of order 1 for the pairs of a matched one, as the kernels have it
+        factor = num_pairs * GRADIENT_SCALE[dtype]
+        rounded = (gradient * factor).to(dtype).double() / factor
+        for view in range(self.views):
+            rounded[:, view * num_pairs :][:, :num_pairs].diagonal().copy_(gradient[:, view * num_pairs :].diagonal())
+        grad_x, grad_y = self.scale * rounded @ y.double(), self.scale * rounded.T @ x.double()
+        return {"x": grad_x, "y": grad_y, "logit_scale": (grad_x * x.double()).sum() / self.scale}
 
 
 def assert_within_budget(inputs: Inputs, **options: Any) -> None:
@@ -178,7 +216,9 @@ def random_case(loss: str, seed: int) -> tuple[Inputs, tuple[int, int], dict[str
     return Inputs(loss, regime, num_pairs, dim, scale, bias, dtype, views, extras), panel_sizes, options
 
 
-def check_random_cases(loss: str, seeds: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_random_cases(
+    loss: str, seeds: Iterable[int], monkeypatch: pytest.MonkeyPatch, backend: str = "panels", most_logits: float = math.inf
+) -> None:
     """Every case within four times the error of plain torch, and 49 of 50 within twice.
 
     In one case of a hundred plain torch is right beyond what its arithmetic promises: rounding errors that all have one sign
@@ -188,6 +228,9 @@ def check_random_cases(loss: str, seeds: Iterable[int], monkeypatch: pytest.Monk
     num_cases = 0
     for seed in seeds:
         inputs, panel_sizes, options = random_case(loss, seed)
+        if inputs.num_pairs * (inputs.views * inputs.num_pairs + inputs.extras) > most_logits:
+            continue
+        inputs = replace(inputs, backend=backend)
         set_panels(monkeypatch, *panel_sizes)
         num_cases += 1
         for errors in inputs.errors(**options):

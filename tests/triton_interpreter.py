@@ -1,12 +1,16 @@
 """Triton's interpreter, made to do what a GPU does. Import it before anything imports triton: jit functions bind at import.
 
+The kernels are imported here, and TRITON_INTERPRET is taken away again: processes that a test starts are not to see it.
+
 Triton 3.8's interpreter multiplies the bit patterns of bf16 operands (triton#11584), truncates where it casts to bf16, and
 multiplies fp32 exactly whatever precision a dot asks for. Here bf16 products are right, casts to bf16 round to nearest even as
 `cvt.rn` does, and TF32 rounds its operands. It also counts what a launch does: FLOPs of dots, and bytes of loads and stores.
 """
 
 import os
+import sys
 
+assert "triton" not in sys.modules, "imported too late: triton's own functions are bound already"
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
@@ -15,8 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import triton.experimental.gluon  # at the first launch otherwise, and by then with other decorators
 import triton.language as tl
 from triton.runtime import interpreter
+
+from scaleclip_kernels import triton_backend
+
+del os.environ["TRITON_INTERPRET"]
+assert triton_backend.IS_INTERPRETED
 
 
 @dataclass
@@ -98,8 +108,21 @@ def _store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
     return _plain_store(self, pointers, value, mask, *rest)
 
 
+def _reduce(self: Any, tensors: Any) -> list[Any]:
+    """By halves, as a GPU's lanes do, and not one element after the other, which takes a second a tile."""
+    (tensor,) = tensors
+    assert self.axis is not None
+    assert not self.keep_dims
+    values = tensor.handle.data
+    while values.shape[self.axis] > 1:
+        halves = (self.to_tensor(half, tensor.dtype) for half in np.split(values, 2, self.axis))
+        values = self.combine_fn.fn(*halves).handle.data
+    return [self.to_tensor(values.squeeze(self.axis), tensor.dtype)]
+
+
 _plain_cast, _plain_load, _plain_store = _builder.cast_impl, _builder.create_masked_load, _builder.create_masked_store
 _builder.create_dot = _dot
 _builder.cast_impl = _cast
 _builder.create_masked_load = _load
 _builder.create_masked_store = _store
+interpreter.ReduceOps.generic_reduce = _reduce

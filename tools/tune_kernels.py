@@ -40,8 +40,8 @@ TILES_16_BITS = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64
 TILES_FP32 = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
 # For every architecture that is not in the table: no kernel needs 48 KiB of shared memory or spills on any that is.
 OTHER_LAUNCH = Launch(64, 64, 32, num_warps=4, num_stages=2, tma=False)
-L2_BYTES_A_CYCLE = 64
-"""From the second-level cache to one multiprocessor: its port's width."""
+L2_BYTES_A_CYCLE = 32
+"""From the second-level cache to one multiprocessor, all of them at work: an assumption, half of what its port is wide."""
 FORMULA = (
     f"max(main, rest) + min(main, rest) / blocks on a multiprocessor, for a tile at D = {DIM}: main = max(matrix units, issue of "
     f"the main loop, {L2_BYTES_A_CYCLE} bytes of features a cycle), rest = the busiest pipe beside the main loop"

@@ -4,7 +4,6 @@ Shapes: N pairs (a rank's own slice where a group is given), V views, M columns,
 """
 
 import contextlib
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +163,7 @@ def prepare(
                 f"gradients={wanted} bias={logit_bias is not None}"
             )
         schedule = make_schedule(options.schedule, layout, channels)
-        return Call(pairs, compute_dtype, options.fp32_precision, _backend(options, x_ND.device, schedule.num_ranks), schedule, channels)
+        return Call(pairs, compute_dtype, options.fp32_precision, _backend(options.backend, options.fp32_precision, x_ND.device, schedule.num_ranks), schedule, channels)
 
 
 def _pairs(x_ND: Tensor, y_MD: Tensor, options: Options) -> Pairs:
@@ -253,8 +252,7 @@ def _layout(pairs: Pairs, sizes: Sequence[int] | None, channels: Channels | None
     return Layout(sizes, pairs.views, pairs.extras)
 
 
-def _backend(options: Options, device: torch.device, num_ranks: int) -> ModuleType:
-    name: str = options.backend
+def _backend(name: Backend, precision: Fp32Precision, device: torch.device, num_ranks: int) -> ModuleType:
     if name == "auto":
         name = "triton" if device.type == "cuda" else "panels"
         say_once(f"backend {name} on {device.type}")
@@ -262,27 +260,26 @@ def _backend(options: Options, device: torch.device, num_ranks: int) -> ModuleTy
         raise ValueError(
             f"backend='reference' cannot run over {num_ranks} ranks: it stores the whole matrix in one process; choose 'auto'"
         )
-    if options.fp32_precision != "ieee" and name != "triton":
+    if precision != "ieee" and name != "triton":
         raise ValueError(
-            f"fp32_precision={options.fp32_precision!r} is for tensor cores: backend={name!r} on {device} has only 'ieee'"
+            f"fp32_precision={precision!r} is for tensor cores: backend={name!r} on {device} has only 'ieee'"
         )
     return _triton_backend(device) if name == "triton" else {"reference": reference, "panels": panels}[name]
 
 
 def _triton_backend(device: torch.device) -> ModuleType:
-    try:
-        triton = importlib.import_module("triton")
-        backend = importlib.import_module("scaleclip_kernels.triton_backend")
+    try:  # here, so that the package can be imported without triton
+        from scaleclip_kernels import triton_backend
     except ImportError as error:
         raise ValueError(
             f"backend='triton' cannot run: triton cannot be imported ({error}); install it, or choose backend='panels'"
         ) from error
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and not triton_backend.IS_INTERPRETED:
         raise ValueError(
             f"backend='triton' cannot run on {device}: it needs a CUDA or ROCm device; choose 'auto' or 'panels' "
             "(TRITON_INTERPRET=1 in the environment runs its kernels in an interpreter, for tests)"
         )
-    return backend
+    return triton_backend
 
 
 def _side(features: Tensor, valid: Tensor | None, ids: Tensor | None) -> Side:

@@ -75,6 +75,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left[:, start : start + step], right[start : start + step])
 
 
+@torch.library.custom_op("scaleclip_kernels::add_panel_product", mutates_args=("total",))
 def add_panel_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
     """total += factor * left @ right, in place: fp32 sums of products in the operands' dtype, fp32 never as TF32."""
     if left.dtype == torch.float32:

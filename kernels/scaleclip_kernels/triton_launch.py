@@ -3,15 +3,15 @@
 Shapes: a block of n rows and m columns, D feature dims; a panel of R x C of its logits.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scaleclip_kernels.blocks import Block
+from scaleclip_kernels.blocks import Block, Fp32Precision, Matched, Side
 from scaleclip_kernels.gemm import add_panel_product
 from scaleclip_kernels.tuning import Kernel, Launch, launch_for
 
@@ -40,6 +40,33 @@ def block_launch(kernel: Kernel, block: Block) -> Launch:
     return launch_for(kernel, features.dtype, block.fp32_precision, block.duplicates_are_positive, features.device)
 
 
+FlatBlock = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Sequence[int], bool, Fp32Precision
+]
+
+
+def flat(block: Block) -> FlatBlock:
+    """As the arguments of an operator, which takes tensors and plain values alone; back by `unflat`."""
+    x, y = block.x, block.y
+    sides = (x.features, y.features, x.invalid, y.invalid, x.ids, y.ids)
+    return (*sides, list(block.matched), block.duplicates_are_positive, block.fp32_precision)
+
+
+def unflat(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+) -> Block:
+    sides = Side(x, row_invalid, row_ids), Side(y, column_invalid, column_ids)
+    return Block(*sides, Matched(*matched), positives, cast(Fp32Precision, precision))
+
+
 def num_tiles(panel: Block, launch: Launch) -> tuple[int, int]:
     """Of rows and of columns."""
     num_rows, num_columns = panel.shape
@@ -60,7 +87,7 @@ def arguments(panel: Block, launch: Launch) -> dict[str, Any]:
     """What every kernel is launched with."""
     x, y = panel.x.features, panel.y.features
     num_rows, num_columns = panel.shape
-    tma = launch.tma and all(_is_aligned(side) for side in (x, y))
+    tma = launch.tma and all(map(_is_aligned, (x, y)))
     matched = panel.matched
     return {
         "x": _descriptor(x, launch.block_rows, launch.block_dim) if tma else x,
@@ -90,56 +117,42 @@ def arguments(panel: Block, launch: Launch) -> dict[str, Any]:
     }
 
 
-class GradientPanel(NamedTuple):
-    """Where a kernel writes the gradients of R x C logits, and what it is launched with."""
-
-    block: Block
-    rows: slice
-    columns: slice
-    gradients: Tensor
-    grid: tuple[int]
-    arguments: dict[str, Any]
+def gradient_panels(block: Block) -> Iterator[tuple[Block, slice, slice]]:
+    """Panels whose gradients take GRADIENT_BYTES, row after row, with their rows and columns in the block."""
+    rows = min(GRADIENT_ROWS, max(block.shape[0], 1))
+    yield from _panels(block, rows, GRADIENT_BYTES // (rows * block.x.features.itemsize))
 
 
-class GradientPanels:
-    """The panels of a block that gradients are computed in, one after the other in one buffer."""
+def empty_gradients(x_ND: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """[n, m] in the features' dtype, with rows aligned for TMA."""
+    in_unit = _TMA_ALIGNMENT // x_ND.itemsize
+    return x_ND.new_empty(num_rows, triton.cdiv(num_columns, in_unit) * in_unit)[:, :num_columns]
 
-    def __init__(
-        self, block: Block, launch: Launch, grad_x: Tensor | None, grad_y: Callable[[], Tensor] | None
-    ) -> None:
-        self._block, self._launch = block, launch
-        self._grad_x, self._grad_y = grad_x, grad_y
 
-    def __iter__(self) -> Iterator[GradientPanel]:
-        features = self._block.x.features
-        num_rows, num_columns = self._block.shape
-        rows = min(GRADIENT_ROWS, max(num_rows, 1))
-        columns = min(GRADIENT_BYTES // (rows * features.itemsize), max(num_columns, 1))
-        in_unit = _TMA_ALIGNMENT // features.itemsize
-        stride = triton.cdiv(columns, in_unit) * in_unit
-        buffer = features.new_empty(rows, stride)
-        for panel, row_slice, column_slice in _panels(self._block, rows, columns):
-            height, width = panel.shape
-            gradients = buffer[:height, :width]
-            shared = arguments(panel, self._launch)
-            if shared["TMA"]:
-                out = TensorDescriptor(gradients, [height, width], [stride, 1], [self._launch.block_rows, self._launch.block_columns])
-            else:
-                out = gradients
-            row_tiles, column_tiles = num_tiles(panel, self._launch)
-            grid = (row_tiles * column_tiles,)
-            yield GradientPanel(
-                panel, row_slice, column_slice, gradients, grid, {**shared, "gradients": out, "gradients_stride": stride}
-            )
+def gradients_argument(gradients: Tensor, launch: Launch, tma: bool) -> Any:
+    """As a kernel takes it."""
+    if not tma:
+        return gradients
+    return TensorDescriptor(
+        gradients, list(gradients.shape), list(gradients.stride()), [launch.block_rows, launch.block_columns]
+    )
 
-    def add(self, panel: GradientPanel) -> None:
-        """Add G y to the rows' gradients and G^T x to the columns'."""
-        x, y = panel.block.x.features, panel.block.y.features
-        factor = 1 / GRADIENT_SCALE[x.dtype]
-        if self._grad_x is not None:
-            add_panel_product(self._grad_x[panel.rows], panel.gradients, y, factor)
-        if self._grad_y is not None:
-            add_panel_product(self._grad_y()[panel.columns], panel.gradients.T, x, factor)
+
+def add_gradients(
+    panel: Block,
+    rows: slice,
+    columns: slice,
+    gradients: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Callable[[], Tensor] | None,
+) -> None:
+    """Add G y to the rows' gradients and G^T x to the columns'."""
+    x, y = panel.x.features, panel.y.features
+    factor = 1 / GRADIENT_SCALE[x.dtype]
+    if grad_x is not None:
+        add_panel_product(grad_x[rows], gradients, y, factor)
+    if grad_y is not None:
+        add_panel_product(grad_y()[columns], gradients.T, x, factor)
 
 
 def _panels(block: Block, height: int, width: int) -> Iterator[tuple[Block, slice, slice]]:
@@ -152,7 +165,8 @@ def _panels(block: Block, height: int, width: int) -> Iterator[tuple[Block, slic
 
 
 def _is_aligned(features: Tensor) -> bool:
-    return features.data_ptr() % _TMA_ALIGNMENT == 0 and features.stride(0) * features.itemsize % _TMA_ALIGNMENT == 0
+    row_bytes = features.stride(0) * features.itemsize
+    return features.shape[1] > 0 and features.data_ptr() % _TMA_ALIGNMENT == 0 and row_bytes % _TMA_ALIGNMENT == 0
 
 
 def _descriptor(features: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:

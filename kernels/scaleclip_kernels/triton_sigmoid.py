@@ -6,7 +6,7 @@ Shapes: a block of n rows and m columns, D feature dims; a tile of R x C logits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -17,12 +17,16 @@ from scaleclip_kernels.blocks import LOG2_E, Block
 from scaleclip_kernels.triton_launch import (
     DO_NOT_SPECIALIZE,
     GRADIENT_SCALE,
-    GradientPanels,
+    add_gradients,
     arguments,
     block_launch,
+    empty_gradients,
+    flat,
+    gradient_panels,
+    gradients_argument,
     num_tiles,
     scale_parts,
-    super_panels,
+    unflat,
 )
 from scaleclip_kernels.triton_tiles import count, place, present, products, same, scaled, store_panel
 
@@ -118,6 +122,68 @@ def _log1p(a):
     return tl.where(a < 0.5, 2.0 * z + 2.0 * z * square * series, tl.log(1.0 + a))
 
 
+@torch.library.custom_op("scaleclip_kernels::sigmoid", mutates_args=())
+def _sigmoid(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+    scale: Tensor,
+    bias: Tensor,
+    share: Tensor | None,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
+    launch = block_launch("sigmoid", panel)
+    shared = arguments(panel, launch)
+    totals, gradients = _empty_results(panel, with_gradients)
+    sigmoid_kernel[(len(totals),)](
+        **shared,
+        scale=scale,
+        bias=bias,
+        share=share,
+        totals=totals,
+        gradients=gradients_argument(gradients, launch, shared["TMA"]) if with_gradients else None,
+        gradients_stride=gradients.stride(0),
+        POSITIVE=positives,
+        GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
+    )
+    return totals, gradients
+
+
+@_sigmoid.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+    scale: Tensor,
+    bias: Tensor,
+    share: Tensor | None,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
+    return _empty_results(panel, with_gradients)
+
+
+def _empty_results(panel: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:
+    """Each tile's loss and sum(G) [tiles, 2], and the panel's G, empty where it is not wanted."""
+    features, (num_rows, num_columns) = panel.x.features, panel.shape
+    tiles = math.prod(num_tiles(panel, block_launch("sigmoid", panel)))
+    gradients = empty_gradients(features, num_rows if with_gradients else 0, num_columns)
+    return features.new_zeros(tiles, 2, dtype=torch.float32), gradients
+
+
 def sigmoid_block(
     block: Block,
     logit_scale: Tensor,
@@ -128,27 +194,10 @@ def sigmoid_block(
     grad_y: Callable[[], Tensor] | None,
 ) -> None:
     """See `panels.sigmoid_block`."""
-    features = block.x.features
-    launch = block_launch("sigmoid", block)
-    common = {
-        "scale": scale_parts(logit_scale.double()),
-        "bias": logit_bias,
-        "share": share,
-        "POSITIVE": block.duplicates_are_positive,
-        "GRADIENT_SCALE": GRADIENT_SCALE[features.dtype],
-    }
-    if grad_x is None and grad_y is None:
-        for part, _, _ in super_panels(block, launch, num_sums=2):
-            tiles = math.prod(num_tiles(part, launch))
-            tile_totals = features.new_zeros(tiles, 2, dtype=torch.float32)
-            sigmoid_kernel[(tiles,)](
-                **arguments(part, launch), **common, totals=tile_totals, gradients=None, gradients_stride=0
-            )
-            totals += tile_totals.sum(dim=0, dtype=torch.float64)
-        return
-    panels = GradientPanels(block, launch, grad_x, grad_y)
-    for panel in panels:
-        tile_totals = features.new_empty(*panel.grid, 2, dtype=torch.float32)
-        sigmoid_kernel[panel.grid](**panel.arguments, **common, totals=tile_totals)
+    scale = scale_parts(logit_scale.double())
+    with_gradients = grad_x is not None or grad_y is not None
+    for panel, rows, columns in gradient_panels(block):
+        tile_totals, gradients = _sigmoid(*flat(panel), scale, logit_bias, share, with_gradients)
         totals += tile_totals.sum(dim=0, dtype=torch.float64)
-        panels.add(panel)
+        add_gradients(panel, rows, columns, gradients, grad_x, grad_y)
+        del gradients  # before the next panel's are made

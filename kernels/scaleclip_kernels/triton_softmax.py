@@ -6,7 +6,8 @@ every sum has a fixed order.
 Shapes: a block of n rows and m columns, D feature dims; a tile of R x C logits; K sums or terms.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -17,12 +18,17 @@ from scaleclip_kernels.blocks import LOG2_E, Block
 from scaleclip_kernels.triton_launch import (
     DO_NOT_SPECIALIZE,
     GRADIENT_SCALE,
-    GradientPanels,
+    add_gradients,
     arguments,
     block_launch,
+    empty_gradients,
+    flat,
+    gradient_panels,
+    gradients_argument,
     num_tiles,
     scale_parts,
     super_panels,
+    unflat,
 )
 from scaleclip_kernels.triton_tiles import LOWEST, count, place, present, products, same, scaled, store_panel
 
@@ -32,7 +38,7 @@ LEAST_SUM = tl.constexpr(2.0**-64)
 # Likewise for gradients: log-sum-exps of a tile this close (base 2) share an exponential, and no factor leaves fp32's range.
 MOST_SPREAD = tl.constexpr(100.0)
 
-_FOLD_BLOCK, _FOLD_TILES = 128, 16
+FOLD_BLOCK, FOLD_TILES = 128, 16
 """Rows or columns that a program folds, and tiles at a time."""
 
 
@@ -298,39 +304,124 @@ def softmax_gradients_kernel(
     )  # fmt: skip
 
 
+@torch.library.custom_op("scaleclip_kernels::softmax_sums", mutates_args=())
+def _softmax_sums(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+    scale: Tensor,
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
+    row_partials, column_partials = _empty_partials(panel, for_rows, for_columns)
+    launch = block_launch("softmax_sums", panel)
+    softmax_sums_kernel[(math.prod(num_tiles(panel, launch)),)](
+        **arguments(panel, launch),
+        scale=scale,
+        row_partials=row_partials if for_rows else None,
+        column_partials=column_partials if for_columns else None,
+        POSITIVE=positives,
+    )
+    return row_partials, column_partials
+
+
+@_softmax_sums.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+    scale: Tensor,
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
+    return _empty_partials(panel, for_rows, for_columns)
+
+
+def _empty_partials(panel: Block, for_rows: bool, for_columns: bool) -> tuple[Tensor, Tensor]:
+    """[K, column tiles, n] and [K, row tiles, m], or without tiles where a direction is not wanted."""
+    (num_rows, num_columns), num_sums = panel.shape, 4 if panel.duplicates_are_positive else 2
+    row_tiles, column_tiles = num_tiles(panel, block_launch("softmax_sums", panel))
+    empty = panel.x.features.new_empty
+    return (
+        empty(num_sums, column_tiles if for_rows else 0, num_rows, dtype=torch.float32),
+        empty(num_sums, row_tiles if for_columns else 0, num_columns, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("scaleclip_kernels::fold_sums", mutates_args=("sums",))
+def _fold_sums(partials: Tensor, sums: Tensor) -> None:
+    num_sums, tiles, size = partials.shape
+    fold_sums_kernel[(triton.cdiv(size, FOLD_BLOCK),)](
+        partials, sums, size, tiles, K=num_sums, BLOCK=FOLD_BLOCK, TILES=FOLD_TILES
+    )
+
+
 def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, column_sums: Callable[[], Tensor] | None) -> None:
     """See `panels.fold_softmax`."""
     scale = scale_parts(logit_scale.double() * LOG2_E)
-    launch = block_launch("softmax_sums", block)
+    wanted = row_sums is not None, column_sums is not None
     num_sums = 4 if block.duplicates_are_positive else 2
-    for panel, rows, columns in super_panels(block, launch, num_sums):
-        num_rows, num_columns = panel.shape
-        row_tiles, column_tiles = num_tiles(panel, launch)
-        empty = panel.x.features.new_empty
-        row_partials = column_partials = None
+    for panel, rows, columns in super_panels(block, block_launch("softmax_sums", block), num_sums):
+        row_partials, column_partials = _softmax_sums(*flat(panel), scale, *wanted)
         if row_sums is not None:
-            row_partials = empty(num_sums, column_tiles, num_rows, dtype=torch.float32)
+            _fold_sums(row_partials, row_sums[rows])
         if column_sums is not None:
-            column_partials = empty(num_sums, row_tiles, num_columns, dtype=torch.float32)
-        softmax_sums_kernel[(row_tiles * column_tiles,)](
-            **arguments(panel, launch),
-            scale=scale,
-            row_partials=row_partials,
-            column_partials=column_partials,
-            POSITIVE=block.duplicates_are_positive,
-        )
-        if row_sums is not None:
-            _fold(row_partials, row_sums[rows])
-        if column_sums is not None:
-            _fold(column_partials, column_sums()[columns])
+            _fold_sums(column_partials, column_sums()[columns])
 
 
-def _fold(partials: Tensor | None, sums: Tensor) -> None:
-    assert partials is not None, "there are parts where there are sums"
-    num_sums, tiles, size = partials.shape
-    fold_sums_kernel[(triton.cdiv(size, _FOLD_BLOCK),)](
-        partials, sums, size, tiles, K=num_sums, BLOCK=_FOLD_BLOCK, TILES=_FOLD_TILES
+@torch.library.custom_op("scaleclip_kernels::softmax_gradients", mutates_args=())
+def _softmax_gradients(
+    x: Tensor,
+    y: Tensor,
+    row_invalid: Tensor | None,
+    column_invalid: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    matched: Sequence[int],
+    positives: bool,
+    precision: str,
+    scale: Tensor,
+    row_terms: Tensor | None,
+    column_terms: Tensor | None,
+    row_weight: Tensor | None,
+    column_weight: Tensor | None,
+) -> Tensor:
+    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
+    launch = block_launch("softmax_gradients", panel)
+    shared = arguments(panel, launch)
+    gradients = empty_gradients(x, len(x), len(y))
+    softmax_gradients_kernel[(math.prod(num_tiles(panel, launch)),)](
+        **shared,
+        scale=scale,
+        row_terms=row_terms,
+        column_terms=column_terms,
+        row_weight=row_weight,
+        column_weight=column_weight,
+        gradients=gradients_argument(gradients, launch, shared["TMA"]),
+        gradients_stride=gradients.stride(0),
+        POSITIVE=positives,
+        GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
     )
+    return gradients
+
+
+@_softmax_gradients.register_fake
+def _(x: Tensor, y: Tensor, *_: object) -> Tensor:
+    return empty_gradients(x, len(x), len(y))
 
 
 def softmax_gradients(
@@ -344,17 +435,9 @@ def softmax_gradients(
 ) -> None:
     """See `panels.softmax_gradients`."""
     scale = scale_parts(logit_scale.double() * LOG2_E)
-    launch = block_launch("softmax_gradients", block)
-    panels = GradientPanels(block, launch, grad_x, grad_y)
-    for panel in panels:
-        softmax_gradients_kernel[panel.grid](
-            **panel.arguments,
-            scale=scale,
-            row_terms=None if row_terms is None else row_terms[panel.rows],
-            column_terms=None if column_terms is None else column_terms[panel.columns],
-            row_weight=None if weights is None else weights[0],
-            column_weight=None if weights is None else weights[1],
-            POSITIVE=block.duplicates_are_positive,
-            GRADIENT_SCALE=GRADIENT_SCALE[block.x.features.dtype],
-        )
-        panels.add(panel)
+    weight_pair = (None, None) if weights is None else weights
+    for panel, rows, columns in gradient_panels(block):
+        terms = (None if row_terms is None else row_terms[rows], None if column_terms is None else column_terms[columns])
+        gradients = _softmax_gradients(*flat(panel), scale, *terms, *weight_pair)
+        add_gradients(panel, rows, columns, gradients, grad_x, grad_y)
+        del gradients  # before the next panel's are made

@@ -80,6 +80,8 @@ def table() -> dict[Key, Launch]:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """Such as sm90 or gfx942."""
+    if not torch.cuda.is_available():
+        return OTHER  # a device that is only pretended, by fake tensors
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loss_cases import DUPLICATES, LOSSES, TINY_PANELS, Result, evaluate, features, set_panels
-from scaleclip_kernels import arguments, gemm
+from scaleclip_kernels import arguments, gemm, triton_launch
 from storage_tracker import StorageTracker
 
 pytestmark = pytest.mark.parametrize("name", LOSSES)
-BACKENDS = pytest.mark.parametrize("backend", ["panels", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["panels", "triton", "reference"])
+TILED = pytest.mark.parametrize("backend", ["panels", "triton"])
 
 
 def arguments_of(name: str, scale: float) -> tuple[float, float | None]:
@@ -104,17 +105,19 @@ def test_auto_is_panels(name: str) -> None:
     assert_same(evaluate(LOSSES[name], x, y, *arguments), evaluate(LOSSES[name], x, y, *arguments, backend="panels"))
 
 
-def test_same_bits_every_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@TILED
+def test_same_bits_every_time(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_panels(monkeypatch, *TINY_PANELS)
     x, y = features("random", 100, 64)
     arguments = arguments_of(name, 14.3)
-    assert_same(evaluate(LOSSES[name], x, y, *arguments), evaluate(LOSSES[name], x, y, *arguments))
+    assert_same(evaluate(LOSSES[name], x, y, *arguments, backend=backend), evaluate(LOSSES[name], x, y, *arguments, backend=backend))
 
 
-def test_masks_of_nothing_change_nothing(name: str) -> None:
+@TILED
+def test_masks_of_nothing_change_nothing(name: str, backend: str) -> None:
     x, y = features("random", 40, 16, extras=7)
     arguments, everything = arguments_of(name, 14.3), {"valid": torch.ones(40).bool(), "column_valid": torch.ones(47).bool()}
-    assert_same(evaluate(LOSSES[name], x, y, *arguments, **everything), evaluate(LOSSES[name], x, y, *arguments))
+    assert_same(evaluate(LOSSES[name], x, y, *arguments, **everything, backend=backend), evaluate(LOSSES[name], x, y, *arguments, backend=backend))
 
 
 @BACKENDS
@@ -144,12 +147,13 @@ def test_non_contiguous_inputs(name: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["x", "y", "logit_scale", "logit_bias"])
-def test_partial_gradients(name: str, wanted: str) -> None:
+@TILED
+def test_partial_gradients(name: str, backend: str, wanted: str) -> None:
     if (name, wanted) == ("softmax", "logit_bias"):
         pytest.skip("softmax has no bias")
     x, y = features("random", 50, 16, views=2)
     ids = torch.arange(50) % 20
-    options = {"views": 2, "ids": ids, "duplicates": "positive"}
+    options = {"views": 2, "ids": ids, "duplicates": "positive", "backend": backend}
     expected = evaluate(LOSSES[name], x, y, *arguments_of(name, 14.3), **options)
     inputs = dict(zip(("x", "y", "logit_scale", "logit_bias"), [x, y, *scalars_of(name)], strict=False))
     inputs[wanted].requires_grad_()
@@ -159,26 +163,28 @@ def test_partial_gradients(name: str, wanted: str) -> None:
     torch.testing.assert_close(inputs[wanted].grad, getattr(expected, wanted))
 
 
-def test_no_gradient_wanted(name: str) -> None:
+@TILED
+def test_no_gradient_wanted(name: str, backend: str) -> None:
     """Under no_grad, and for inputs that need none: the same loss, and nothing to differentiate."""
     x, y = features("random", 50, 16)
-    expected = evaluate(LOSSES[name], x, y, *arguments_of(name, 14.3)).loss
-    loss = LOSSES[name](x, y, *scalars_of(name))
+    expected = evaluate(LOSSES[name], x, y, *arguments_of(name, 14.3), backend=backend).loss
+    loss = LOSSES[name](x, y, *scalars_of(name), backend=backend)
     assert loss == expected
     assert not loss.requires_grad
     with torch.no_grad():
-        loss = LOSSES[name](x.requires_grad_(), y, *scalars_of(name))
+        loss = LOSSES[name](x.requires_grad_(), y, *scalars_of(name), backend=backend)
     assert loss == expected
     assert not loss.requires_grad
 
 
-def test_upstream_gradient_and_zero_scale(name: str) -> None:
+@TILED
+def test_upstream_gradient_and_zero_scale(name: str, backend: str) -> None:
     """The gradient of the scale is not taken from features' gradients that a scale of 0 has made 0."""
     x, y = features("random", 50, 16)
     expected = evaluate(LOSSES[name], x, y, *arguments_of(name, 0.0), backend="reference")
     x.requires_grad_()
     logit_scale = torch.tensor([0.0], requires_grad=True)
-    (3 * LOSSES[name](x, y, logit_scale, *scalars_of(name)[1:])).backward()
+    (3 * LOSSES[name](x, y, logit_scale, *scalars_of(name)[1:], backend=backend)).backward()
     torch.testing.assert_close(x.grad, 3 * expected.x)
     torch.testing.assert_close(logit_scale.grad, 3 * expected.logit_scale.reshape(1))
     assert logit_scale.grad != 0
@@ -194,23 +200,26 @@ def test_fp64_scalars_get_fp64_gradients(name: str) -> None:
         torch.testing.assert_close(scalar.grad.float(), true)
 
 
-def test_negative_scale(name: str) -> None:
+@TILED
+def test_negative_scale(name: str, backend: str) -> None:
     x, y = features("random", 50, 16)
     expected = evaluate(LOSSES[name], x.double(), y.double(), *arguments_of(name, -14.3), backend="reference")
-    for got, true in zip(evaluate(LOSSES[name], x, y, *arguments_of(name, -14.3)), expected, strict=True):
+    for got, true in zip(evaluate(LOSSES[name], x, y, *arguments_of(name, -14.3), backend=backend), expected, strict=True):
         torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_backward_twice_over_one_graph(name: str) -> None:
+@TILED
+def test_backward_twice_over_one_graph(name: str, backend: str) -> None:
     x, y = (t.requires_grad_() for t in features("random", 50, 16))
-    loss = LOSSES[name](x, y, *scalars_of(name))
+    loss = LOSSES[name](x, y, *scalars_of(name), backend=backend)
     first, second = (torch.autograd.grad(loss, (x, y), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_panels_are_differentiable_once_and_say_so(name: str) -> None:
+@TILED
+def test_differentiable_once_and_says_so(name: str, backend: str) -> None:
     x, y = (t.requires_grad_() for t in features("random", 10, 4))
-    weighted = torch.ones((), requires_grad=True) * LOSSES[name](x, y, *scalars_of(name), backend="panels")
+    weighted = torch.ones((), requires_grad=True) * LOSSES[name](x, y, *scalars_of(name), backend=backend)
     (gradient,) = torch.autograd.grad(weighted, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -263,10 +272,11 @@ def test_compute_dtype_of_the_reference(name: str, low: torch.dtype) -> None:
         torch.testing.assert_close(value, true, rtol=torch.finfo(low).eps, atol=1e-6)
 
 
-def test_features_below_the_normal_numbers(name: str) -> None:
+@TILED
+def test_features_below_the_normal_numbers(name: str, backend: str) -> None:
     """fp32 numbers from 1e-38 down have fewer digits or are taken for 0: the logits are the bias either way."""
     x, y = features("random", 50, 16)
-    got = evaluate(LOSSES[name], 1e-39 * x, y, *arguments_of(name, 100.0))
+    got = evaluate(LOSSES[name], 1e-39 * x, y, *arguments_of(name, 100.0), backend=backend)
     expected = evaluate(LOSSES[name], 0 * x.double(), y.double(), *arguments_of(name, 100.0), backend="reference")
     for value, true in zip(got, expected, strict=True):
         torch.testing.assert_close(value, true.float(), rtol=1e-5, atol=1e-6)
@@ -281,7 +291,7 @@ def test_autocast_does_not_round_the_logits(name: str, backend: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = evaluate(LOSSES[name], x, y, *arguments, backend=backend)
     assert got.loss == expected.loss
-    if backend == "panels":  # autograd's own backward of the reference follows the caller's autocast
+    if backend != "reference":  # autograd's own backward of the reference follows the caller's autocast
         assert_same(got, expected)
 
 
@@ -331,10 +341,11 @@ class CrossingsForbidden(TorchDispatchMode):
         return out
 
 
+@TILED
 @pytest.mark.parametrize(("views", "extras"), [(1, 0), (2, 0), (1, 30)])
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 def test_device_is_never_waited_for(
-    name: str, duplicates: str, views: int, extras: int, monkeypatch: pytest.MonkeyPatch
+    name: str, duplicates: str, views: int, extras: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward on a pretended GPU, whose tensors have no values: reading one on the host is an error."""
     set_panels(monkeypatch, *TINY_PANELS)
@@ -355,7 +366,7 @@ def test_device_is_never_waited_for(
         with CrossingsForbidden():
             with pytest.raises(AssertionError, match="copies from"):
                 ones.to("cpu")
-            loss = LOSSES[name](x, y, *scalars, **labels, duplicates=duplicates, views=views, backend="panels")
+            loss = LOSSES[name](x, y, *scalars, **labels, duplicates=duplicates, views=views, backend=backend)
             # the engine behind loss.backward() asks for a real device
             gradients = loss.grad_fn.apply(ones)
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
@@ -363,18 +374,20 @@ def test_device_is_never_waited_for(
         assert (gradient.device, gradient.dtype, gradient.shape) == (leaf.device, leaf.dtype, leaf.shape)
 
 
-def test_a_million_pairs_need_no_quadratic_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@TILED
+def test_a_million_pairs_need_no_quadratic_tensor(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the pretended GPU: 10^12 logits, and nothing larger than a panel is ever made."""
     num_pairs, dim, panel = 1_000_000, 16, 1 << 17
     set_panels(monkeypatch, panel, panel)
+    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1 << 33)
     with FakeTensorMode(), StorageTracker() as tracker:
         x, y = (torch.empty(num_pairs, dim, device="cuda").requires_grad_() for _ in range(2))
         scalars = [torch.ones((), device="cuda").requires_grad_() for _ in scalars_of(name)]
         ids = torch.empty(num_pairs, dtype=torch.int64, device="cuda")
-        loss = LOSSES[name](x, y, *scalars, ids=ids, duplicates="ignore", backend="panels")
+        loss = LOSSES[name](x, y, *scalars, ids=ids, duplicates="ignore", backend=backend)
         gradients = loss.grad_fn.apply(torch.ones((), device="cuda"))
     assert gradients[0].shape == gradients[1].shape == (num_pairs, dim)
-    assert tracker.largest_bytes == 2 * 4 * panel**2
+    assert tracker.largest_bytes == (2 if backend == "panels" else 1) * 4 * panel**2
     assert tracker.peak_bytes < 4 * num_pairs**2 / 10
 
 
@@ -386,7 +399,9 @@ def bad(dtype: torch.dtype = torch.float32, *shape: int) -> Tensor:
     ("change", "message"),
     [
         ({"backend": "cuda"}, r"backend='cuda' is not one of auto, triton, panels, reference"),
-        ({"backend": "triton"}, r"backend='triton' cannot run on cpu.*choose 'auto' or 'panels'"),
+        ({"backend": "triton", "y_MD": bad(torch.float32, 3, 8)}, r"y has 3 columns for 4 pairs in views=1"),
+        ({"fp32_precision": "tf32"}, r"fp32_precision='tf32' is not one of ieee, tf32x3"),
+        ({"fp32_precision": "tf32x3"}, r"fp32_precision='tf32x3' is for tensor cores: backend='panels' on cpu has only 'ieee'"),
         ({"duplicates": "drop"}, r"duplicates='drop' is not one of negative, ignore, positive"),
         ({"schedule": "tree"}, r"schedule='tree' is not one of auto, ring, gather"),
         ({"duplicates": "ignore"}, r"duplicates='ignore' needs ids: pass ids of shape \(N,\)"),
@@ -468,4 +483,4 @@ def test_faults_of_one_loss_are_named(name: str, change: dict[str, Any], message
 
 def test_reference_refuses_several_ranks(name: str) -> None:
     with pytest.raises(ValueError, match=r"backend='reference' cannot run over 3 ranks: .* choose 'auto'"):
-        arguments._backend("reference", torch.device("cpu"), 3)
+        arguments._backend("reference", "ieee", torch.device("cpu"), 3)

@@ -20,6 +20,7 @@ SHARED = [
     "duplicates='negative'",
     "views=1",
     "compute_dtype=None",
+    "fp32_precision='ieee'",
     "group=None",
     "sizes=None",
     "schedule='auto'",
