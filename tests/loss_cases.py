@@ -131,7 +131,7 @@ class Inputs:
             x, y = (t.to(self.dtype) for t in drawn)
             rounded_x, rounded_y = (t.to(compute_dtype or self.dtype) for t in (x, y))
             ours_options = {**options, "views": self.views, "backend": self.backend}
-            plain_options = {**ours_options, "backend": "reference"}
+            plain_options = {**ours_options, "backend": "reference", "fp32_precision": "ieee"}
             truth = evaluate(function, rounded_x.double(), rounded_y.double(), *scalars, **plain_options)
             in_fp32 = evaluate(function, rounded_x.float(), rounded_y.float(), *scalars, **plain_options)
             plain = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **plain_options)

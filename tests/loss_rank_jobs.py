@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton_interpreter  # noqa: F401  # before anything imports triton
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 

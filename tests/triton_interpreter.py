@@ -95,16 +95,21 @@ def _cast(self: Any, source: Any, to: Any) -> Any:
     return _plain_cast(self, source, to)
 
 
-def _load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-    handle = _plain_load(self, pointers, mask, *rest)
+def _num_set(mask: Any) -> int:
+    # a descriptor's mask comes bare
+    return int(np.sum(mask.data if isinstance(mask, interpreter.TensorHandle) else mask))
+
+
+def _load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
+    handle = _plain_load(self, pointers, mask, *rest, **more)
     for counts in _counts:
-        counts.loaded += int(mask.data.sum()) * handle.data.dtype.itemsize
+        counts.loaded += _num_set(mask) * handle.data.dtype.itemsize
     return handle
 
 
 def _store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
     for counts in _counts:
-        counts.stored += int(mask.data.sum()) * value.data.dtype.itemsize
+        counts.stored += _num_set(mask) * value.data.dtype.itemsize
     return _plain_store(self, pointers, value, mask, *rest)
 
 

@@ -35,9 +35,9 @@ KEY_FIELDS = Key._fields
 LAUNCH_FIELDS = tuple(field.name for field in fields(Launch))
 CHOSEN_BY = "chosen_by"
 
-# Rows, columns and warps of a tile. A warp's share of more than 128 x 128 logits / 4 does not fit its registers.
+# Rows, columns and warps of a tile. A warp's share of more than 128 x 128 / 4 logits does not fit its registers.
 TILES_16_BITS = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
-TILES_FP32 = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+TILES_FP32 = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 64, 8))
 # For every architecture that is not in the table: no kernel needs 48 KiB of shared memory or spills on any that is.
 OTHER_LAUNCH = Launch(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 L2_BYTES_A_CYCLE = 32
@@ -52,7 +52,7 @@ def candidates(architecture: str, products: Products) -> Iterator[Launch]:
     """Launches worth a try."""
     is_nvidia = architecture.startswith("sm")
     has_tma = is_nvidia and int(architecture[2:]) >= 90
-    dims = (32,) if products != "16 bits" else (64,) if has_tma else (32, 64)
+    dims = (16, 32) if products == "tf32x3" else (32,) if products == "ieee" else (64,) if has_tma else (32, 64)
     for rows, columns, warps in TILES_16_BITS if products == "16 bits" else TILES_FP32:
         for block_dim in dims:
             for stages in (3, 4) if is_nvidia else (2,):

@@ -1,9 +1,14 @@
 """What every kernel test runs under."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# formulas that the tools share with the tests
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @pytest.fixture(autouse=True)

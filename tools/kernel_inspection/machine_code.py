@@ -1,7 +1,8 @@
 """Instructions of a compiled kernel: its main loop, the path of an ordinary tile through the rest, and what each pipe has to do.
 
 The ordinary path is the cheapest one from the entry through the main loop to the end, each instruction at its pipe's rate: branches
-of these kernels only ever add work (a diagonal or ragged tile, a tile whose exponentials need maxima of their own).
+of these kernels only ever add work (a diagonal or ragged tile, a tile whose exponentials need maxima of their own). Where lanes are
+masked by branches around a load or store, as on AMD, an ordinary tile has lanes there and does not go round.
 """
 
 import re
@@ -15,6 +16,8 @@ from heapq import heappop, heappush
 class Instruction:
     address: int
     text: str
+    kind: str
+    """The pipe that runs it, or "other"."""
     target: int | None
     """Of a branch."""
     falls_through: bool
@@ -28,18 +31,14 @@ class Path:
     total: int
     pipes: dict[str, int]
 
-    def cycles(self, pipe: str, num_warps: int, threads_a_warp: int, lanes: int) -> float:
-        return self.pipes.get(pipe, 0) * num_warps * threads_a_warp / lanes
-
 
 @dataclass(frozen=True)
 class Code:
-    everything: Path
+    """Of a kernel with a main loop of products."""
+
     main_loop: Path
     ordinary: Path
     """Beside the main loop."""
-    spills: int
-    """Instructions that read or write a thread's stack."""
 
 
 # What each pipe runs; the rest only takes issue slots.
@@ -49,8 +48,10 @@ _NVIDIA = {
     "shuffle": r"SHFL",
     "shared": r"(LDS|STS|LDSM|STSM|LDSTS|ATOMS)\b",
     "global": r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|RED|ATOM|ATOMG)\b",
-    "fp32": r"(FADD|FMUL|FFMA|FADD2|FMUL2|FFMA2)\b",
-    "alu": r"(FMNMX\d?|FSEL|FSETP|FSET|SEL|ISETP|LOP3|PLOP3|IADD3|IMNMX|VIMNMX\d?|SHF|PRMT|LEA|F2FP|F2F|I2F\w*|MOV)\b",
+    # integer products and moves by them share the units of fused multiply-adds
+    "fp32": r"(FADD|FMUL|FFMA|FADD2|FMUL2|FFMA2|IMAD|HFMA2)\b",
+    "alu": r"(FMNMX\d?|FSEL|FSETP|FSET|SEL|ISETP|LOP3|PLOP3|IADD|IADD3|VIADD|VIADDMNMX|IABS|IMNMX|VIMNMX\d?|SHF|PRMT|LEA|SGXT|P2R|"
+    r"R2P|F2FP|F2F|I2F\w*|MOV)\b",
     "stack": r"(LDL|STL)\b",
 }
 _AMD = {
@@ -58,10 +59,15 @@ _AMD = {
     "special": r"v_(exp|rcp|log|rsq|sqrt)",
     "shuffle": r"ds_(bpermute|swizzle|permute)",
     "shared": r"ds_(read|write|load|store)",
-    "global": r"(global|buffer|flat)_(load|store)",
+    "global": r"(global|buffer|flat)_(load|store|atomic)",
     "fp32": r"v_",
     "stack": r"scratch_",
 }
+
+
+def spills(instructions: Iterable[Instruction]) -> int:
+    """Instructions that read or write a thread's stack."""
+    return sum(instruction.kind == "stack" for instruction in instructions)
 
 
 def nvidia(sass: str) -> Code:

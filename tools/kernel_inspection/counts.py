@@ -1,0 +1,72 @@
+"""What a launch of a Triton kernel multiplies, asks of memory and writes: the formulas of kernels/README.md.
+
+Bytes are those that the instructions ask for; how many of them come from a cache is another matter.
+Shapes: n rows, m columns, D feature dims, tiles of R x C logits; b bytes a feature.
+"""
+
+import math
+from typing import NamedTuple
+
+from scaleclip_kernels.tuning import Kernel, Launch
+
+_IDS, _MASK, _FP32 = 8, 1, 4
+
+
+class Counts(NamedTuple):
+    flop: int
+    """Two a multiply-add, the padding of tiles included."""
+    loaded: int
+    """Bytes."""
+    stored: int
+
+
+class Asked(NamedTuple):
+    """Of a launch: what its arguments make it do. Bytes a feature, and which options are there."""
+
+    num_rows: int
+    num_columns: int
+    dim: int
+    itemsize: int
+    has_masks: bool = False
+    has_ids: bool = False
+    positives: bool = False
+    num_scale_parts: int = 1
+
+
+def launch_counts(kernel: Kernel, asked: Asked, launch: Launch, recomputed_tiles: int = 0) -> Counts:
+    """Of one launch, both directions and gradients wanted, no weights.
+
+    Args:
+        recomputed_tiles: of "softmax_sums", those whose rows and columns need maxima of their own: their products are made twice.
+    """
+    row_tiles, column_tiles = math.ceil(asked.num_rows / launch.block_rows), math.ceil(asked.num_columns / launch.block_columns)
+    tiles = row_tiles * column_tiles + recomputed_tiles
+    padded_dim = math.ceil(asked.dim / launch.block_dim) * launch.block_dim
+    flop = 2 * tiles * launch.block_rows * launch.block_columns * padded_dim
+    # every row meets every column tile, every column every row tile
+    sides = asked.num_rows * column_tiles + asked.num_columns * row_tiles
+    # pointers take the last row again where a tile ends beyond it, TMA takes nothing
+    features = sides if launch.tma and not recomputed_tiles else tiles * (launch.block_rows + launch.block_columns)
+    loaded = features * asked.dim * asked.itemsize + tiles * _FP32 * asked.num_scale_parts
+    loaded += sides * (_MASK * asked.has_masks)
+    stored = 0
+    id_reads = 0
+    if kernel == "softmax_sums":
+        stored = sides * _FP32 * (4 if asked.positives else 2)
+        id_reads = 1
+    elif kernel == "softmax_gradients":
+        loaded += sides * _FP32 * (2 if asked.positives else 1)
+        stored = asked.num_rows * asked.num_columns * asked.itemsize
+        id_reads = 1
+    else:
+        loaded += tiles * _FP32  # the bias
+        stored = asked.num_rows * asked.num_columns * asked.itemsize + tiles * 2 * _FP32
+        id_reads = 1
+    loaded += sides * _IDS * asked.has_ids * id_reads
+    return Counts(flop, loaded, stored)
+
+
+def fold_counts(num_sums: int, num_tiles: int, size: int) -> Counts:
+    """Of the launch that adds the parts of `num_tiles` tiles to the sums of `size` rows or columns."""
+    sums = size * num_sums * _FP32
+    return Counts(0, num_tiles * sums + sums, sums)
