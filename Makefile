@@ -24,7 +24,7 @@ test-slow: $(VENV)/.installed-dev  ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm"
 
 test-gpu: $(VENV)/.installed-dev  ## tests that need a GPU
-	$(BIN)/pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/gpu
 
 lint: $(VENV)/.installed-dev  ## ruff, mypy and the import rules
 	$(BIN)/ruff check

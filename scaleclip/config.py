@@ -126,8 +126,10 @@ class LossConfig(Section):
     """How features meet across ranks: passed round a ring, or gathered a chunk at a time; `auto`: the ring up to 64 ranks."""
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
     """What features are sent and multiplied in; sums, the logit scale and the loss are fp32 in both."""
-    backend: Literal["auto", "panels", "reference"] = "auto"
-    """Implementation of the loss; one that cannot run is an error."""
+    fp32_precision: Literal["ieee", "tf32x3"] = "ieee"
+    """How the Triton kernels multiply fp32 features: as they are, or in three TF32 products of the same accuracy; never in one."""
+    backend: Literal["auto", "triton", "panels", "reference"] = "auto"
+    """Implementation of the loss; one that cannot run is an error. `auto`: Triton on a GPU, panels on a CPU."""
 
 
 class OptimConfig(Section):

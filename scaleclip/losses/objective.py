@@ -31,6 +31,7 @@ def contrastive(features: Features, ids_B: Tensor, valid_B: Tensor, config: Loss
         duplicates=config.duplicates,
         views=len(features.texts_BE),
         compute_dtype=_DTYPES[config.compute_dtype],
+        fp32_precision=config.fp32_precision,
         group=dist.group.WORLD if dist.get_world_size() > 1 else None,
         schedule=config.schedule,
         backend=config.backend,

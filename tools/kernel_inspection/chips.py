@@ -26,6 +26,8 @@ class Chip:
     """Warp instructions a cycle."""
     reserved_shared_bytes: int = 1024
     """The system's, a block."""
+    tensor_columns: int = 512
+    """Of tensor memory; blocks on other chips than sm100 need none."""
 
 
 # Threads of a warp instruction that a multiprocessor finishes a cycle: fp32 add, multiply and FMA; comparisons, min, max,

@@ -26,10 +26,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Path:
-    """Instructions a thread by pipe."""
+    """Instructions a thread."""
 
     total: int
     pipes: dict[str, int]
+    """By the pipe that runs them; one on a pair of fp32 numbers keeps it as long as two."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ _NVIDIA = {
     "shuffle": r"SHFL",
     "shared": r"(LDS|STS|LDSM|STSM|LDSTS|ATOMS)\b",
     "global": r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|RED|ATOM|ATOMG)\b",
+    "fp32 pair": r"(FADD|FMUL|FFMA)2\b",
     # integer products and moves by them share the units of fused multiply-adds
-    "fp32": r"(FADD|FMUL|FFMA|FADD2|FMUL2|FFMA2|IMAD|HFMA2)\b",
+    "fp32": r"(FADD|FMUL|FFMA|IMAD|HFMA2)\b",
     "alu": r"(FMNMX\d?|FSEL|FSETP|FSET|SEL|ISETP|LOP3|PLOP3|IADD|IADD3|VIADD|VIADDMNMX|IABS|IMNMX|VIMNMX\d?|SHF|PRMT|LEA|SGXT|P2R|"
     r"R2P|F2FP|F2F|I2F\w*|MOV)\b",
     "stack": r"(LDL|STL)\b",
@@ -70,7 +72,7 @@ def spills(instructions: Iterable[Instruction]) -> int:
     return sum(instruction.kind == "stack" for instruction in instructions)
 
 
-def nvidia(sass: str) -> Code:
+def read_nvidia(sass: str) -> list[Instruction]:
     """From what nvdisasm or cuobjdump prints."""
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -87,11 +89,12 @@ def nvidia(sass: str) -> Code:
         labels |= dict.fromkeys(waiting, address)
         waiting.clear()
         raw.append((address, found[2].strip()))
-    return _analyse([_nvidia_instruction(address, text, labels) for address, text in raw], _NVIDIA, r"(@!?U?P\w+\s+)?")
+    return [_nvidia_instruction(address, text, labels) for address, text in raw if not text.startswith("NOP")]
 
 
 def _nvidia_instruction(address: int, text: str, labels: dict[str, int]) -> Instruction:
     guard, _, rest = text.partition(" ") if text.startswith("@") else ("", "", text)
+    rest = rest.strip()
     opcode = rest.split(" ")[0]
     target = None
     # a divergent branch (BRA.DIV) leads to a copy of the code for warps that have come apart; none does in these kernels
@@ -99,44 +102,77 @@ def _nvidia_instruction(address: int, text: str, labels: dict[str, int]) -> Inst
         named = re.search(r"(\.L_x_\d+)|(0x[0-9a-f]+)\s*$", rest)
         target = None if named is None else labels.get(named[1], -1) if named[1] else int(named[2], 16)
     unconditional = target is not None and not guard and not re.search(r"\bU?P\d", rest)
-    is_end = opcode.startswith("EXIT") and not guard
-    return Instruction(address, text, target, not (unconditional or is_end), opcode.startswith("EXIT"))
+    is_end = opcode.startswith("EXIT")
+    return Instruction(address, text, _kind(rest, _NVIDIA), target, not (unconditional or (is_end and not guard)), is_end)
 
 
-def amd(assembly: str) -> Code:
+def read_amd(assembly: str) -> list[Instruction]:
     """From the assembly that LLVM prints."""
     labels: dict[str, int] = {}
-    raw: list[tuple[int, str]] = []
+    texts: list[str] = []
     for line in assembly.splitlines():
         label = re.match(r"(\.LBB\d+_\d+):", line)
         if label:
-            labels[label[1]] = len(raw)
+            labels[label[1]] = len(texts)
             continue
         found = re.match(r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\S*.*?)(?:\s*;.*)?$", line)
-        if found:
-            raw.append((len(raw), found[1].strip()))
-    instructions = []
-    for address, text in raw:
-        opcode, _, rest = text.partition(" ")
-        target = labels.get(rest.strip()) if re.match(r"s_c?branch", opcode) else None
-        is_end = opcode == "s_endpgm"
-        instructions.append(Instruction(address, text, target, not (opcode == "s_branch" or is_end), is_end))
-    return _analyse(instructions, _AMD, "")
+        if found and not found[1].startswith("s_nop"):
+            texts.append(found[1].strip())
+    kinds = [_kind(text, _AMD) for text in texts]
+    targets = [labels.get(text.split()[-1]) if re.match(r"s_c?branch", text) else None for text in texts]
+    falls = [not re.match(r"s_branch|s_endpgm", text) for text in texts]
+    _follow_lanes(texts, kinds, targets, falls)
+    ends = [text.startswith("s_endpgm") for text in texts]
+    return list(map(Instruction, range(len(texts)), texts, kinds, targets, falls, ends))
 
 
-def _analyse(instructions: Sequence[Instruction], pipes: dict[str, str], prefix: str) -> Code:
-    patterns = {name: re.compile(prefix + pattern) for name, pattern in pipes.items()}
-    instructions = [i for i in instructions if not re.match(r"NOP\b|s_nop", i.text)]
+def _follow_lanes(texts: Sequence[str], kinds: Sequence[str], targets: list[int | None], falls: list[bool]) -> None:
+    """Leave to branches on the execution mask only the ways that an ordinary tile may go.
+
+    A block of loads or stores has lanes to work for. Of an if and its else, which both are blocks that a branch may go round,
+    one is run.
+    """
+
+    def block_end(at: int) -> int:
+        return next(number for number in range(at, len(texts)) if re.match(r"s_c?branch|s_endpgm", texts[number]))
+
+    ends_of_else = set()
+    for number, text in enumerate(texts):
+        target = targets[number]
+        if not text.startswith("s_cbranch_exec") or target is None or number in ends_of_else:
+            continue
+        goes_round = text.startswith("s_cbranch_execz")
+        if goes_round and target > number:
+            end = block_end(target)
+            masks = any(re.match(r"s_(or|andn2)_saveexec", texts[between]) for between in range(target, end))
+            if masks and texts[end].startswith("s_cbranch_execz"):
+                targets[number] = end + 1  # into the else
+                falls[end] = False
+                ends_of_else.add(end)
+                continue
+        inside = kinds[number:target] if goes_round else kinds[target : block_end(target)]
+        if "global" in inside and "matrix" not in inside:
+            targets[number], falls[number] = (None, True) if goes_round else (target, False)
+
+
+def _kind(text: str, pipes: dict[str, str]) -> str:
+    return next((name for name, pattern in pipes.items() if re.match(pattern, text)), "other")
+
+
+def analyse(instructions: Sequence[Instruction]) -> Code:
+    """Main loop and ordinary path.
+
+    Raises:
+        ValueError: no loop holds products, or no path leads through it.
+    """
     at = {instruction.address: number for number, instruction in enumerate(instructions)}
-
-    def pipe_of(instruction: Instruction) -> str:
-        return next((name for name, pattern in patterns.items() if pattern.match(instruction.text)), "other")
-
-    kinds = [pipe_of(instruction) for instruction in instructions]
+    kinds = [instruction.kind for instruction in instructions]
 
     def path(numbers: Iterable[int]) -> Path:
-        listed = list(numbers)
-        return Path(len(listed), dict(Counter(kinds[number] for number in listed)))
+        pipes = Counter(kinds[number] for number in numbers)
+        total = pipes.total()
+        pipes["fp32"] += 2 * pipes.pop("fp32 pair", 0)
+        return Path(total, dict(pipes))
 
     following: list[list[int]] = []
     for number, instruction in enumerate(instructions):
@@ -149,13 +185,15 @@ def _analyse(instructions: Sequence[Instruction], pipes: dict[str, str], prefix:
                 nexts.append(target)
         following.append(nexts)
 
-    start, end = _main_loop(instructions, kinds, at)
+    start, end = _main_loop(instructions, at)
     ends = {number for number, instruction in enumerate(instructions) if instruction.is_end and not instruction.falls_through}
     before = _cheapest(following, kinds, 0, {start}) if start > 0 else []
-    leaving = [number for number in following[end] if not start <= number <= end]
-    after = _cheapest(following, kinds, leaving[0] if leaving else end + 1, ends)
-    spills = kinds.count("stack")
-    return Code(path(range(len(instructions))), path(range(start, end + 1)), path([*before[:-1], *after]), spills)
+    inside = range(start, end + 1)
+    leaving = [number for number in following[end] if number not in inside]
+    # a loop that ends in a jump back is left from within
+    leaving = leaving or [number for step in inside for number in following[step] if number not in inside]
+    after = min((_cheapest(following, kinds, number, ends) for number in leaving), key=len, default=[])
+    return Code(path(inside), path([*before[:-1], *after]))
 
 
 def _at_or_after(at: dict[int, int], address: int, instructions: Sequence[Instruction]) -> int | None:
@@ -166,15 +204,15 @@ def _at_or_after(at: dict[int, int], address: int, instructions: Sequence[Instru
     return later[0] if later and address >= 0 else None
 
 
-def _main_loop(instructions: Sequence[Instruction], kinds: Sequence[str], at: dict[int, int]) -> tuple[int, int]:
+def _main_loop(instructions: Sequence[Instruction], at: dict[int, int]) -> tuple[int, int]:
     """First and last instruction of the first tight loop around matrix instructions, or around fused multiply-adds."""
     loops = []
     for number, instruction in enumerate(instructions):
         start = None if instruction.target is None else _at_or_after(at, instruction.target, instructions)
         if start is not None and start <= number:
             loops.append((start, number))
-    for kind in ("matrix", "fp32"):
-        with_products = [loop for loop in loops if kind in kinds[loop[0] : loop[1] + 1]]
+    for is_product in (lambda instruction: instruction.kind == "matrix", lambda instruction: "FFMA" in instruction.text):
+        with_products = [loop for loop in loops if any(map(is_product, instructions[loop[0] : loop[1] + 1]))]
         tight = [a for a in with_products if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in with_products)]
         if tight:
             return min(tight)

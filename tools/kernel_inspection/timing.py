@@ -1,6 +1,7 @@
 """Times a launch of a kernel on the GPU that is here, once its results agree with the panels'."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch.nn.functional import normalize
 
 from kernel_inspection.variants import DIM
 from scaleclip_kernels import panels, triton_backend, triton_launch
-from scaleclip_kernels.blocks import Block, Matched, Side
+from scaleclip_kernels.blocks import Block, Fp32Precision, Matched, Side
 from scaleclip_kernels.tuning import Key, Launch
 
 _CHECKED_PAIRS = 1056
@@ -20,21 +21,18 @@ def time_launch(key: Key, launch: Launch, batch: int, device: str = "cuda") -> t
     """Median milliseconds for `batch` x `batch` logits with bf16 or fp32 features; or what is wrong with the launch."""
     from triton.testing import do_bench
 
-    chosen = triton_launch.launch_for
-    # every launch inside is the one that is tried
-    triton_launch.launch_for = lambda *_: launch  # type: ignore[assignment]
     try:
-        block, arguments = _inputs(key, min(_CHECKED_PAIRS, batch), device)
-        expected, found = _run(key, panels, block, *arguments)(), _run(key, triton_backend, block, *arguments)()
-        error = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
-        if not error <= _ALLOWED[block.x.features.dtype]:
-            return 0.0, f"wrong: off by {error:.1e}"
-        block, arguments = _inputs(key, batch, device)
-        return float(do_bench(_run(key, triton_backend, block, *arguments), return_mode="median")), ""
+        # every launch inside is the one that is tried
+        with mock.patch.object(triton_launch, "launch_for", lambda *_: launch):
+            block, arguments = _inputs(key, min(_CHECKED_PAIRS, batch), device)
+            expected, found = _run(key, panels, block, *arguments)(), _run(key, triton_backend, block, *arguments)()
+            error = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
+            if not error <= _ALLOWED[block.x.features.dtype]:
+                return 0.0, f"wrong: off by {error:.1e}"
+            block, arguments = _inputs(key, batch, device)
+            return float(do_bench(_run(key, triton_backend, block, *arguments), return_mode="median")), ""
     except Exception as error:
         return 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    finally:
-        triton_launch.launch_for = chosen
 
 
 def _inputs(key: Key, num_pairs: int, device: str) -> tuple[Block, tuple[Tensor, Tensor]]:
@@ -42,7 +40,7 @@ def _inputs(key: Key, num_pairs: int, device: str) -> tuple[Block, tuple[Tensor,
     dtype = torch.bfloat16 if key.products == "16 bits" else torch.float32
     x, y = (normalize(torch.randn(num_pairs, DIM, generator=random, device=device)).to(dtype) for _ in range(2))
     ids = torch.arange(num_pairs, device=device) // 2 if key.positives else None
-    precision = "tf32x3" if key.products == "tf32x3" else "ieee"
+    precision: Fp32Precision = "tf32x3" if key.products == "tf32x3" else "ieee"
     block = Block(Side(x, None, ids), Side(y, None, ids), Matched(0, 0, num_pairs), key.positives, precision)
     num_terms = 2 if key.positives else 1
     terms = torch.full((num_pairs, num_terms), 100.0, device=device)

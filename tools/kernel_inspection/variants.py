@@ -1,14 +1,15 @@
 """What is compiled: a kernel as it is launched on an architecture, for a dtype and for the options that change its code."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from scaleclip_kernels import triton_launch, triton_sigmoid, triton_softmax
-from scaleclip_kernels.tuning import Kernel, Key, Launch, Products, table
+from scaleclip_kernels.tuning import KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, Products, table
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Options = Literal["plain", "one way", "ignore", "positive"]
@@ -20,6 +21,7 @@ KERNEL_FUNCTIONS: dict[Kernel, JITFunction[Any]] = {
     "softmax_gradients": triton_softmax.softmax_gradients_kernel,
     "sigmoid": triton_sigmoid.sigmoid_kernel,
 }
+_DTYPES: dict[Products, tuple[Dtype, ...]] = {"16 bits": ("bf16", "fp16"), "ieee": ("fp32",), "tf32x3": ("fp32",)}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TF32_PRODUCTS = 3
 _POINTERS = {
@@ -49,6 +51,16 @@ class Variant:
         return f"{self.architecture} {self.kernel} {self.dtype}{products} {self.options}"
 
     @property
+    def key(self) -> Key:
+        """Of the launch table."""
+        return Key(self.architecture, self.kernel, self.products, self.options == "positive")
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the launch is the one for architectures that are not in the table."""
+        return self.key not in table()
+
+    @property
     def matrix_flop(self) -> float:
         """Of a tile's products at DIM feature dims."""
         times = _TF32_PRODUCTS if self.products == "tf32x3" else 1
@@ -56,15 +68,19 @@ class Variant:
 
 
 def variants(architecture: str) -> Iterator[Variant]:
-    """Every entry of the launch table, with every option in bf16; fp16 and fp32 as they are used most."""
-    for key, launch in table().items():
-        if key.architecture == architecture:
-            for dtype in ("bf16", "fp16") if key.products == "16 bits" else ("fp32",):
-                for options in _options(key, dtype):
-                    yield Variant(architecture, key.kernel, dtype, key.products, options, launch)  # type: ignore[arg-type]
+    """What `launch_for` chooses there, with every option in bf16; fp16 and fp32 as they are used most."""
+    launches = table()
+    for kernel, products, positives in itertools.product(KERNELS, PRODUCTS, (False, True)):
+        if products == "tf32x3" and not architecture.startswith("sm"):
+            continue  # Triton has no such products there
+        key = Key(architecture, kernel, products, positives)
+        launch = launches.get(key, launches[key._replace(architecture=OTHER)])
+        for dtype in _DTYPES[products]:
+            for options in _options(key, dtype):
+                yield Variant(architecture, kernel, dtype, products, options, launch)
 
 
-def _options(key: Key, dtype: str) -> tuple[Options, ...]:
+def _options(key: Key, dtype: Dtype) -> tuple[Options, ...]:
     if key.positives:
         return ("positive",)
     if dtype != "bf16":
@@ -72,8 +88,18 @@ def _options(key: Key, dtype: str) -> tuple[Options, ...]:
     return ("plain", "ignore") if key.kernel == "sigmoid" else ("plain", "one way", "ignore")
 
 
-def signature(variant: Variant) -> tuple[dict[str, str], dict[str, Any], set[str]]:
-    """Types by parameter, values of the constant ones, and those that are multiples of 16."""
+class Signature(NamedTuple):
+    """What a kernel is compiled for."""
+
+    types: dict[str, str]
+    """By parameter."""
+    constants: dict[str, Any]
+    aligned: set[str]
+    """Multiples of 16."""
+
+
+def signature(variant: Variant) -> Signature:
+    """Of the variant's kernel."""
     launch = variant.launch
     constants: dict[str, Any] = {
         "POSITIVE": variant.options == "positive",
@@ -108,4 +134,4 @@ def signature(variant: Variant) -> tuple[dict[str, str], dict[str, Any], set[str
             types[name] = f"*{variant.dtype}" if name in tiles else _TYPES.get(name, "i32")
             if name not in _UNALIGNED:
                 aligned.add(name)
-    return types, {name: value for name, value in constants.items() if name in names}, aligned
+    return Signature(types, {name: value for name, value in constants.items() if name in names}, aligned)
