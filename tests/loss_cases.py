@@ -159,7 +159,6 @@ class Inputs:
                 sums[i] += torch.stack([(got - true).abs().max(), plain_error, slack])
         return [Errors(name, *errors) for name, errors in zip(Result._fields, (sums / num_draws).tolist(), strict=True)]
 
-
     def _gradients_from_rounded(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
         """fp64 but for G of unmatched pairs, which is rounded to the dtype of x and y.
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton_interpreter  # noqa: F401  # before anything imports triton
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+import triton_interpreter  # noqa: F401  # before anything imports triton
 from scaleclip_kernels import distributed, gemm, panels, sigmoid_contrastive_loss, softmax_contrastive_loss
 from storage_tracker import StorageTracker
 

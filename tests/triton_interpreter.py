@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import triton.experimental.gluon  # at the first launch otherwise, and by then with other decorators
+import triton.experimental.gluon  # noqa: F401  # at the first launch otherwise, when decorators bind elsewhere
 import triton.language as tl
 from triton.runtime import interpreter
 

@@ -3,9 +3,9 @@
 python tools/tune_kernels.py --by machine-code --architecture sm90    compiled ahead of time, no GPU needed
 python tools/tune_kernels.py --by time                                measured, on the GPU that is here
 
-By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula is
-printed). By time: the one with the least median time, of those whose results agree with the panels. Only the rows of what was
-chosen are replaced; without --write the choice is only printed.
+By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula
+is printed). By time: the one with the least median time, of those whose results agree with the panels. Only the rows of what
+was chosen are replaced; without --write the choice is only printed.
 """
 
 import os
@@ -20,14 +20,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
 import scaleclip_kernels
 from kernel_inspection.chips import CHIPS
 from kernel_inspection.compiled import Report, inspect
 from kernel_inspection.timing import time_launch
 from kernel_inspection.variants import DIM, Options, Variant
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from scaleclip_kernels.tuning import ARCHITECTURES, KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, Products, architecture
 
 PATH = Path(scaleclip_kernels.__file__).parent / "launches.csv"
@@ -43,8 +44,8 @@ OTHER_LAUNCH = Launch(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 L2_BYTES_A_CYCLE = 32
 """From the second-level cache to one multiprocessor, all of them at work: an assumption, half of what its port is wide."""
 FORMULA = (
-    f"max(main, rest) + min(main, rest) / blocks on a multiprocessor, for a tile at D = {DIM}: main = max(matrix units, issue of "
-    f"the main loop, {L2_BYTES_A_CYCLE} bytes of features a cycle), rest = the busiest pipe beside the main loop"
+    f"max(main, rest) + min(main, rest) / blocks on a multiprocessor, for a tile at D = {DIM}: main = max(matrix units, issue "
+    f"of the main loop, {L2_BYTES_A_CYCLE} bytes of features a cycle), rest = the busiest pipe beside the main loop"
 )
 
 
@@ -96,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         chosen_by, architectures = "machine code", options.architecture.split(",")
     console.print(FORMULA, markup=False) if options.by == "machine-code" else None
-    keys = [Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)]
+    keys = [
+        Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)
+    ]
     rows = dict.fromkeys(keys, (OTHER_LAUNCH, "what fits everywhere"))
     for name in architectures:
         for key in (key._replace(architecture=name) for key in keys if key.kernel in options.kernel.split(",")):
@@ -131,7 +134,9 @@ def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
     with ProcessPoolExecutor(jobs) as pool:
         work = pool.map(_inspect_all, tried)
         results = list(track(work, f"{key}", total=len(tried), console=console, transient=True))
-    table = Table("launch", "registers", "spills", "shared KiB", "blocks", "cycles a logit", title=str(key), title_justify="left")
+    table = Table(
+        "launch", "registers", "spills", "shared KiB", "blocks", "cycles a logit", title=str(key), title_justify="left"
+    )
     best: tuple[float, Launch] | None = None
     for variants, reports in zip(tried, results, strict=True):
         launch = variants[0].launch
@@ -143,9 +148,7 @@ def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
         fits = shared <= CHIPS[key.architecture].shared_bytes
         cycles = estimated_cycles(reports[0]) if fits else float("inf")
         first = reports[0]
-        table.add_row(
-            _shown(launch), str(first.registers), str(spills), str(shared >> 10), str(first.blocks), f"{cycles:.4f}"
-        )
+        table.add_row(_shown(launch), str(first.registers), str(spills), str(shared >> 10), str(first.blocks), f"{cycles:.4f}")
         if fits and spills == 0 and (best is None or cycles < best[0]):
             best = cycles, launch
     console.print(table)
@@ -186,7 +189,9 @@ def _write(rows: dict[Key, tuple[Launch, str]]) -> None:
             kept = {tuple(row[name] for name in KEY_FIELDS): row for row in csv.DictReader(file)}
     for key, (launch, chosen_by) in rows.items():
         values = {**key._asdict(), **asdict(launch), CHOSEN_BY: chosen_by}
-        row = {name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for name, value in values.items()}
+        row = {
+            name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for name, value in values.items()
+        }
         kept[tuple(row[name] for name in KEY_FIELDS)] = row
     order = [*ARCHITECTURES, OTHER]
     listed = sorted(kept.values(), key=lambda row: order.index(row["architecture"]))

@@ -159,11 +159,19 @@ def prepare(
             wanted = [torch.is_grad_enabled() and side.requires_grad for side in (x_ND, y_MD)]
             channels.agree(
                 f"sizes={list(layout.sizes)} extras={layout.extras} D={x_ND.shape[1]} compute_dtype={compute_dtype} "
+                f"fp32_precision={options.fp32_precision} "
                 f"views={options.views} duplicates={options.duplicates} weights={tuple(weights)} schedule={options.schedule} "
                 f"gradients={wanted} bias={logit_bias is not None}"
             )
         schedule = make_schedule(options.schedule, layout, channels)
-        return Call(pairs, compute_dtype, options.fp32_precision, _backend(options.backend, options.fp32_precision, x_ND.device, schedule.num_ranks), schedule, channels)
+        return Call(
+            pairs,
+            compute_dtype,
+            options.fp32_precision,
+            _backend(options.backend, options.fp32_precision, x_ND.device, schedule.num_ranks),
+            schedule,
+            channels,
+        )
 
 
 def _pairs(x_ND: Tensor, y_MD: Tensor, options: Options) -> Pairs:
@@ -261,9 +269,9 @@ def _backend(name: Backend, precision: Fp32Precision, device: torch.device, num_
             f"backend='reference' cannot run over {num_ranks} ranks: it stores the whole matrix in one process; choose 'auto'"
         )
     if precision != "ieee" and name != "triton":
-        raise ValueError(
-            f"fp32_precision={precision!r} is for tensor cores: backend={name!r} on {device} has only 'ieee'"
-        )
+        raise ValueError(f"fp32_precision={precision!r} is for tensor cores: backend={name!r} on {device} has only 'ieee'")
+    if precision == "tf32x3" and torch.version.hip is not None:
+        raise ValueError("fp32_precision='tf32x3': Triton has no such products for AMD GPUs; choose 'ieee'")
     return _triton_backend(device) if name == "triton" else {"reference": reference, "panels": panels}[name]
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 
 from scaleclip_kernels import reference
 from scaleclip_kernels.arguments import Backend, Call, Duplicates, Options, prepare
-from scaleclip_kernels.blocks import Fp32Precision, LN_2, LOG2_E, Side, add_scaled_rows, dot_rows
+from scaleclip_kernels.blocks import LN_2, LOG2_E, Fp32Precision, Side, add_scaled_rows, dot_rows
 from scaleclip_kernels.distributed import Carried, ScheduleName, Visit
 
 
@@ -63,6 +63,8 @@ def softmax_contrastive_loss(
         weights: of the two directions, each at least 0; (1, 0) is image-to-text InfoNCE.
         compute_dtype: what features are multiplied and sent in; products are summed and the scale is applied in fp32. None:
             the features' dtype.
+        fp32_precision: of the Triton kernels' products of fp32 features: "ieee", or "tf32x3", three TF32 products with
+            fp32's accuracy on NVIDIA's matrix units. A single TF32 product is never used.
         group: ranks that hold one slice of the global batch each and call this together with the same options. None: this
             process holds the whole batch. Every rank returns the same scalar, and the MEAN over ranks of the gradients of
             parameters and logit_scale is the true gradient.
@@ -70,8 +72,9 @@ def softmax_contrastive_loss(
             the same views and number of extra columns.
         schedule: "ring" passes columns from rank to rank and holds two foreign blocks at most; "gather" collects them a
             chunk at a time; "auto" is the ring up to 64 ranks. The loss is the same but for the order of summation.
-        backend: "panels" never stores the N x M logits; "reference" does, in one process, and is the definition; "auto"
-            takes the best that runs here. One that cannot run is an error that says why.
+        backend: "triton" runs kernels on a CUDA or ROCm device and "panels" matrix products anywhere; neither stores the N x M
+            logits. "reference" does, in one process, and is the definition. "auto" is Triton on a GPU and panels on a CPU. One
+            that cannot run is an error that says why.
 
     Returns:
         0-dim fp32 tensor.

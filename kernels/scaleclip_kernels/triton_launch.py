@@ -75,8 +75,7 @@ def num_tiles(panel: Block, launch: Launch) -> tuple[int, int]:
 
 def super_panels(block: Block, launch: Launch, num_sums: int) -> Iterator[tuple[Block, slice, slice]]:
     """Panels whose parts of sums fit PARTIAL_BYTES, row after row, with their rows and columns in the block."""
-    num_rows, num_columns = block.shape
-    rows = min(SUPER_ROWS, max(num_rows, 1))
+    rows = min(SUPER_ROWS, max(block.shape[0], 1))
     # a row has a part a column tile, a column a part a row tile
     bytes_a_column = 4 * num_sums * (rows / launch.block_columns + triton.cdiv(rows, launch.block_rows))
     columns = max(int(PARTIAL_BYTES / bytes_a_column) // launch.block_columns, 1) * launch.block_columns

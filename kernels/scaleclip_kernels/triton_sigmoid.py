@@ -77,7 +77,8 @@ def sigmoid_kernel(
     )  # fmt: skip
     logits_RC = count(
         scaled(logits_RC, scale, EXACT_SCALE) + tl.load(bias),
-        present(first_row, num_rows, row_invalid, BLOCK_ROWS), present(first_column, num_columns, column_invalid, BLOCK_COLUMNS),
+        present(first_row, num_rows, row_invalid, BLOCK_ROWS),
+        present(first_column, num_columns, column_invalid, BLOCK_COLUMNS),
         first_row, first_column, matched_row, matched_end, matched_offset, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
     if row_ids is not None:

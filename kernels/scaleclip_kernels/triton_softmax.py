@@ -130,18 +130,17 @@ def softmax_sums_kernel(
     )  # fmt: skip
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_ROWS), tl.cdiv(num_columns, BLOCK_COLUMNS)
     if POSITIVE:
         is_same_RC = same(row_ids, column_ids, first_row, first_column, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
         is_same_RC &= logits_RC > -float("inf")
         positive_RC = tl.where(is_same_RC, logits_RC, 0.0)
         if row_partials is not None:
-            _store(row_partials, 2, rows, num_rows, column_tile, tl.cdiv(num_columns, BLOCK_COLUMNS), tl.sum(positive_RC, 1))
-            number_R = tl.sum(is_same_RC.to(tl.float32), 1)
-            _store(row_partials, 3, rows, num_rows, column_tile, tl.cdiv(num_columns, BLOCK_COLUMNS), number_R)
+            _store(row_partials, 2, rows, num_rows, column_tile, column_tiles, tl.sum(positive_RC, 1))
+            _store(row_partials, 3, rows, num_rows, column_tile, column_tiles, tl.sum(is_same_RC.to(tl.float32), 1))
         if column_partials is not None:
-            _store(column_partials, 2, columns, num_columns, row_tile, tl.cdiv(num_rows, BLOCK_ROWS), tl.sum(positive_RC, 0))
-            number_C = tl.sum(is_same_RC.to(tl.float32), 0)
-            _store(column_partials, 3, columns, num_columns, row_tile, tl.cdiv(num_rows, BLOCK_ROWS), number_C)
+            _store(column_partials, 2, columns, num_columns, row_tile, row_tiles, tl.sum(positive_RC, 0))
+            _store(column_partials, 3, columns, num_columns, row_tile, row_tiles, tl.sum(is_same_RC.to(tl.float32), 0))
 
     if row_partials is None:
         column_largest = tl.maximum(tl.max(logits_RC, 0), LOWEST)
@@ -169,11 +168,11 @@ def softmax_sums_kernel(
             column_largest = tl.maximum(tl.max(logits_RC, 0), LOWEST)
             column_sum = tl.sum(tl.exp2(logits_RC - column_largest[None, :]), 0)
     if row_partials is not None:
-        _store(row_partials, 0, rows, num_rows, column_tile, tl.cdiv(num_columns, BLOCK_COLUMNS), row_largest)
-        _store(row_partials, 1, rows, num_rows, column_tile, tl.cdiv(num_columns, BLOCK_COLUMNS), row_sum)
+        _store(row_partials, 0, rows, num_rows, column_tile, column_tiles, row_largest)
+        _store(row_partials, 1, rows, num_rows, column_tile, column_tiles, row_sum)
     if column_partials is not None:
-        _store(column_partials, 0, columns, num_columns, row_tile, tl.cdiv(num_rows, BLOCK_ROWS), column_largest)
-        _store(column_partials, 1, columns, num_columns, row_tile, tl.cdiv(num_rows, BLOCK_ROWS), column_sum)
+        _store(column_partials, 0, columns, num_columns, row_tile, row_tiles, column_largest)
+        _store(column_partials, 1, columns, num_columns, row_tile, row_tiles, column_sum)
 
 
 @triton.jit

@@ -116,7 +116,9 @@ def count(
 
 
 @triton.jit
-def same(row_ids, column_ids, first_row, first_column, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def same(
+    row_ids, column_ids, first_row, first_column, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
     """bool [R, C]: pairs of equal ids, matched ones and those beyond the end included."""
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)

@@ -195,7 +195,7 @@ def test_compute_sanitizer_finds_nothing(name: str, tool: str) -> None:
     code = f"""
 import torch, scaleclip_kernels
 x, y = (torch.nn.functional.normalize(torch.randn(333, 200, device="cuda")).bfloat16().requires_grad_() for _ in range(2))
-scalars = [torch.tensor(14.3, device="cuda", requires_grad=True), torch.tensor(-10.0, device="cuda")][: {1 if name == "softmax" else 2}]
+scalars = [torch.tensor(value, device="cuda", requires_grad=True) for value in {[14.3] if name == "softmax" else [14.3, BIAS]}]
 ids = torch.arange(333, device="cuda") % 50
 for duplicates in ("negative", "positive"):
     scaleclip_kernels.{name}_contrastive_loss(x, y, *scalars, ids=ids, duplicates=duplicates, backend="triton").backward()

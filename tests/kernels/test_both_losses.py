@@ -110,14 +110,19 @@ def test_same_bits_every_time(name: str, backend: str, monkeypatch: pytest.Monke
     set_panels(monkeypatch, *TINY_PANELS)
     x, y = features("random", 100, 64)
     arguments = arguments_of(name, 14.3)
-    assert_same(evaluate(LOSSES[name], x, y, *arguments, backend=backend), evaluate(LOSSES[name], x, y, *arguments, backend=backend))
+    assert_same(
+        evaluate(LOSSES[name], x, y, *arguments, backend=backend), evaluate(LOSSES[name], x, y, *arguments, backend=backend)
+    )
 
 
 @TILED
 def test_masks_of_nothing_change_nothing(name: str, backend: str) -> None:
     x, y = features("random", 40, 16, extras=7)
     arguments, everything = arguments_of(name, 14.3), {"valid": torch.ones(40).bool(), "column_valid": torch.ones(47).bool()}
-    assert_same(evaluate(LOSSES[name], x, y, *arguments, **everything, backend=backend), evaluate(LOSSES[name], x, y, *arguments, backend=backend))
+    assert_same(
+        evaluate(LOSSES[name], x, y, *arguments, **everything, backend=backend),
+        evaluate(LOSSES[name], x, y, *arguments, backend=backend),
+    )
 
 
 @BACKENDS

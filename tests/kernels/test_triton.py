@@ -1,5 +1,5 @@
-"""The Triton kernels in the interpreter: values and gradients against fp64 with the budget of loss_cases.py, at sizes that divide
-nothing; that they look at nothing beyond their arguments; and what their launches do, counted.
+"""The Triton kernels in the interpreter: values and gradients against fp64 with the budget of loss_cases.py, at sizes that
+divide nothing; that they look at nothing beyond their arguments; and what their launches do, counted.
 
 What they promise as every backend does is in test_both_losses.py; what their machine code takes in tests/tools.
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
-from kernel_inspection.counts import Asked, Counts, fold_counts, launch_counts
 from torch import Tensor
 
+import triton_interpreter
+from kernel_inspection.counts import Asked, Counts, fold_counts, launch_counts
 from loss_cases import (
     DUPLICATES,
     LOSSES,
@@ -63,7 +63,7 @@ def test_error_budget(loss: str, scale: float, regime: str, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("scale", (1.0, 14.3, 50.0, 100.0))
+@pytest.mark.parametrize("scale", [1.0, 14.3, 50.0, 100.0])
 @pytest.mark.parametrize(("num_pairs", "dim"), [(1, 64), (7, 100), (100, 640), (257, 100), (130, 1152)])
 def test_error_budget_of_many_sizes(num_pairs: int, dim: int, scale: float, regime: str, loss: str, features_by: str) -> None:
     assert_within_budget(inputs(loss, regime, num_pairs, dim, scale))
@@ -365,10 +365,20 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("capability", "hip", "architecture"),
-    [((8, 0), None, "sm80"), ((9, 0), None, "sm90"), ((10, 0), None, "sm100"), ((9, 4), "7.0", "gfx942"), ((8, 9), None, OTHER)],
+    [
+        ((8, 0), None, "sm80"),
+        ((9, 0), None, "sm90"),
+        ((10, 0), None, "sm100"),
+        ((9, 4), "7.0", "gfx942"),
+        ((8, 9), None, OTHER),
+    ],
 )
 def test_launch_is_the_architectures_or_the_one_for_all_others(
-    capability: tuple[int, int], hip: str | None, architecture: str, pretended_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    hip: str | None,
+    architecture: str,
+    pretended_gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretended_gpu["capability"] = capability
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -378,7 +388,9 @@ def test_launch_is_the_architectures_or_the_one_for_all_others(
 
 
 def test_table_has_a_launch_for_every_kernel_everywhere() -> None:
-    wanted = {Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)}
+    wanted = {
+        Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)
+    }
     assert wanted <= set(table())
     for key, launch in table().items():
         assert isinstance(launch, Launch)
