@@ -9,6 +9,7 @@ Shapes: N pairs, V views, M columns, D feature dims.
 import dataclasses
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from loss_cases import (
     features,
     set_panels,
 )
-from scaleclip_kernels import arguments, gemm, triton_backend, triton_launch, triton_sigmoid, triton_softmax, tuning
+from scaleclip_kernels import arguments, gemm, panels, triton_backend, triton_launch, triton_sigmoid, triton_softmax, tuning
 from scaleclip_kernels.blocks import LOG2_E, Block, Matched, Side
 from scaleclip_kernels.tuning import INTERPRETER, KERNELS, OTHER, PRODUCTS, Key, Launch, table
 
@@ -244,6 +245,35 @@ def _launch(kernel: str, block: Block) -> None:
         triton_sigmoid._sigmoid(*triton_launch.flat(block), scale, torch.tensor(-2.0), None, True)
 
 
+def _results(backend: ModuleType, block: Block) -> list[Tensor]:
+    """Sums as logarithms, since their references are the backend's own; gradients; the sigmoid's gradients and totals."""
+    sizes, dim, num_terms = block.shape, block.x.features.shape[1], 2 if block.duplicates_are_positive else 1
+    sums = [torch.zeros(size, 2 * num_terms) for size in sizes]
+    for part in sums:
+        part[:, 0] = torch.finfo(torch.float32).min
+    backend.fold_softmax(block, torch.tensor(10.0), sums[0], lambda: sums[1])
+    terms = [torch.linspace(20, 140, size * num_terms).view(size, num_terms) for size in sizes]
+    softmax, sigmoid = ([torch.zeros(size, dim) for size in sizes] for _ in range(2))
+    weights = torch.tensor(0.3), torch.tensor(1.0)
+    backend.softmax_gradients(block, torch.tensor(10.0), *terms, weights, softmax[0], lambda: softmax[1])
+    totals = torch.zeros(2, dtype=torch.float64)
+    scalars = torch.tensor(10.0), torch.tensor(-2.0), torch.tensor(0.7)
+    backend.sigmoid_block(block, *scalars, totals, sigmoid[0], lambda: sigmoid[1])
+    return [*(part[:, 0] + part[:, 1].log2() for part in sums), *(part[:, 2:] for part in sums), *softmax, *sigmoid, totals]
+
+
+@pytest.mark.parametrize("options", ["plain", "ignore", "positive"])
+@pytest.mark.parametrize("matched", [(0, 0, 0), (3, 5, 60), (40, 0, 60), (0, 90, 35)])
+def test_blocks_of_which_some_pairs_are_matched(
+    matched: tuple[int, int, int], options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As blocks of other ranks are: matched pairs begin and end anywhere."""
+    set_panels(monkeypatch, 70, 90)
+    block = _block(100, 150, 48, torch.float32, options)._replace(matched=Matched(*matched))
+    for got, true in zip(_results(triton_backend, block), _results(panels, block), strict=True):
+        torch.testing.assert_close(got, true, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", ["plain", "ignore", "positive"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -407,7 +437,7 @@ def test_needs_a_gpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_auto_is_triton_on_a_gpu_and_panels_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    from scaleclip_kernels import distributed, panels
+    from scaleclip_kernels import distributed
 
     distributed.say_once.cache_clear()
     with caplog.at_level("INFO", logger="scaleclip_kernels"):
