@@ -1,8 +1,8 @@
 """What a multiprocessor has and does in a cycle, by architecture.
 
-Sources: NVIDIA's CUDA C++ Programming Guide (compute capabilities: shared memory, registers; arithmetic instructions: throughput
-of native instructions), data sheets for dense matrix rates (A100 312, H100 SXM 989, B200 2250 TFLOP/s in 16 bits, divided by
-multiprocessors and boost clock), and for gfx942 AMD's CDNA 3 white paper and instruction set guide.
+Sources: NVIDIA's CUDA C++ Programming Guide (compute capabilities: shared memory, registers; arithmetic instructions:
+throughput of native instructions), data sheets for dense matrix rates (A100 312, H100 SXM 989, B200 2250 TFLOP/s in 16 bits,
+divided by multiprocessors and boost clock), and for gfx942 AMD's CDNA 3 white paper and instruction set guide.
 """
 
 from dataclasses import dataclass, field

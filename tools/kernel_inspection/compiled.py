@@ -71,16 +71,16 @@ def build(
     kernel: JITFunction[Any],
     signature: Signature,
     architecture: str,
-    num_warps: int,
-    num_stages: int,
+    options: dict[str, int],
+    name: str,
     dump: Path | None = None,
-    name: str = "",
 ) -> Built:
     """Compile and read.
 
     Args:
+        options: Triton's, such as num_warps; what is not named is as it is where a launch does not name it.
+        name: of the dumped files.
         dump: a folder for all that the compiler leaves: intermediate forms, assembly, machine code.
-        name: of the files there.
 
     Raises:
         Exception: whatever Triton raises where a kernel cannot be compiled.
@@ -92,22 +92,20 @@ def build(
         constexprs={(position(name),): value for name, value in signature.constants.items()},
         attrs={(position(name),): [["tt.divisibility", 16]] for name in signature.aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget(*chip.target), options=options)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"\W+", "-", name)
         for kind, content in compiled.asm.items():
             (dump / f"{stem}.{kind}").write_bytes(content if isinstance(content, bytes) else content.encode())
-    read = _read_nvidia if chip.target[0] == "cuda" else _read_amd
-    return read(compiled)
+    return _read_nvidia(compiled) if chip.target[0] == "cuda" else _read_amd(compiled)
 
 
 def inspect(variant: Variant, dump: Path | None = None) -> Report:
     """As `build`."""
-    launch = variant.launch
-    kernel, arguments = KERNEL_FUNCTIONS[variant.kernel], signature(variant)
-    built = build(kernel, arguments, variant.architecture, launch.num_warps, launch.num_stages, dump, variant.name)
+    options = {"num_warps": variant.launch.num_warps, "num_stages": variant.launch.num_stages}
+    kernel = KERNEL_FUNCTIONS[variant.kernel]
+    built = build(kernel, signature(variant), variant.architecture, options, variant.name, dump)
     return _report(variant, CHIPS[variant.architecture], built)
 
 
@@ -134,9 +132,7 @@ def _read_amd(compiled: Any) -> Built:
     stack_bytes = fields["private_segment_fixed_size"] if fields["vgpr_spill_count"] else 0
     matrix = Counter(re.findall(r"v_mfma_\w+?_(\d+x\d+x\d+)", assembly))
     shared_bytes = int(compiled.metadata.shared)
-    resources = Resources(
-        fields["vgpr_count"], stack_bytes, machine_code.spills(instructions), shared_bytes, dict(matrix)
-    )
+    resources = Resources(fields["vgpr_count"], stack_bytes, machine_code.spills(instructions), shared_bytes, dict(matrix))
     return Built(resources, instructions, 0)
 
 

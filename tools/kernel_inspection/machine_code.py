@@ -1,8 +1,8 @@
-"""Instructions of a compiled kernel: its main loop, the path of an ordinary tile through the rest, and what each pipe has to do.
+"""Instructions of a compiled kernel: its main loop, the path of an ordinary tile through the rest, what each pipe has to do.
 
-The ordinary path is the cheapest one from the entry through the main loop to the end, each instruction at its pipe's rate: branches
-of these kernels only ever add work (a diagonal or ragged tile, a tile whose exponentials need maxima of their own). Where lanes are
-masked by branches around a load or store, as on AMD, an ordinary tile has lanes there and does not go round.
+The ordinary path is the cheapest one from the entry through the main loop to the end, each instruction at its pipe's rate:
+branches of these kernels only ever add work (a diagonal or ragged tile, a tile whose exponentials need maxima of their own).
+Where lanes are masked by branches around a load or store, as on AMD, an ordinary tile has lanes there and does not go round.
 """
 
 import re
@@ -52,8 +52,8 @@ _NVIDIA = {
     "fp32 pair": r"(FADD|FMUL|FFMA)2\b",
     # integer products and moves by them share the units of fused multiply-adds
     "fp32": r"(FADD|FMUL|FFMA|IMAD|HFMA2)\b",
-    "alu": r"(FMNMX\d?|FSEL|FSETP|FSET|SEL|ISETP|LOP3|PLOP3|IADD|IADD3|VIADD|VIADDMNMX|IABS|IMNMX|VIMNMX\d?|SHF|PRMT|LEA|SGXT|P2R|"
-    r"R2P|F2FP|F2F|I2F\w*|MOV)\b",
+    "alu": r"(FMNMX\d?|FSEL|FSETP|FSET|SEL|ISETP|LOP3|PLOP3|IADD3?|VIADD|VIADDMNMX|IABS|IMNMX|VIMNMX\d?|SHF|PRMT|LEA|SGXT|"
+    r"P2R|R2P|F2FP|F2F|I2F\w*|MOV)\b",
     "stack": r"(LDL|STL)\b",
 }
 _AMD = {
@@ -97,13 +97,15 @@ def _nvidia_instruction(address: int, text: str, labels: dict[str, int]) -> Inst
     rest = rest.strip()
     opcode = rest.split(" ")[0]
     target = None
-    # a divergent branch (BRA.DIV) leads to a copy of the code for warps that have come apart; none does in these kernels
-    if opcode.startswith("BRA") and "DIV" not in opcode:
+    # a divergent branch (BRA.DIV) leads to a copy of the code for warps that have come apart; none does in these kernels;
+    # a call under a condition is how a long loop is left
+    if (opcode.startswith("BRA") and "DIV" not in opcode) or (opcode.startswith("CALL") and guard):
         named = re.search(r"(\.L_x_\d+)|(0x[0-9a-f]+)\s*$", rest)
         target = None if named is None else labels.get(named[1], -1) if named[1] else int(named[2], 16)
     unconditional = target is not None and not guard and not re.search(r"\bU?P\d", rest)
     is_end = opcode.startswith("EXIT")
-    return Instruction(address, text, _kind(rest, _NVIDIA), target, not (unconditional or (is_end and not guard)), is_end)
+    leaves = unconditional or ((is_end or opcode.startswith("RET")) and not guard)
+    return Instruction(address, text, _kind(rest, _NVIDIA), target, not leaves, is_end)
 
 
 def read_amd(assembly: str) -> list[Instruction]:
@@ -150,7 +152,9 @@ def _follow_lanes(texts: Sequence[str], kinds: Sequence[str], targets: list[int 
                 falls[end] = False
                 ends_of_else.add(end)
                 continue
-        inside = kinds[number:target] if goes_round else kinds[target : block_end(target)]
+        # a block that lies elsewhere ends where the next branch is
+        start = number + 1 if goes_round else target
+        inside = kinds[start:target] if start < target else kinds[start : block_end(start)]
         if "global" in inside and "matrix" not in inside:
             targets[number], falls[number] = (None, True) if goes_round else (target, False)
 
@@ -171,7 +175,8 @@ def analyse(instructions: Sequence[Instruction]) -> Code:
     def path(numbers: Iterable[int]) -> Path:
         pipes = Counter(kinds[number] for number in numbers)
         total = pipes.total()
-        pipes["fp32"] += 2 * pipes.pop("fp32 pair", 0)
+        if pairs := pipes.pop("fp32 pair", 0):
+            pipes["fp32"] += 2 * pairs
         return Path(total, dict(pipes))
 
     following: list[list[int]] = []
@@ -192,7 +197,9 @@ def analyse(instructions: Sequence[Instruction]) -> Code:
     leaving = [number for number in following[end] if number not in inside]
     # a loop that ends in a jump back is left from within
     leaving = leaving or [number for step in inside for number in following[step] if number not in inside]
-    after = min((_cheapest(following, kinds, number, ends) for number in leaving), key=len, default=[])
+    if not leaving:
+        raise ValueError("no way out of the main loop")
+    after = min((_cheapest(following, kinds, number, ends) for number in leaving), key=len)
     return Code(path(inside), path([*before[:-1], *after]))
 
 

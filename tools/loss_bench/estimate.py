@@ -5,10 +5,13 @@ Peak rates are the vendors' data sheets (dense bf16 without sparsity): NVIDIA A1
 What share of a peak is reached, and the latencies, are typical figures; they are printed with the result.
 """
 
+import csv
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +28,7 @@ LAYOUTS = ((1, "alone"), (8, "ring"), (8, "gather"), (64, "ring"), (64, "gather"
 class Chip:
     """Data-sheet rates."""
 
+    architecture: str
     bf16_flop_per_s: float
     memory_bytes_per_s: float
     num_multiprocessors: int
@@ -37,19 +41,19 @@ class Chip:
 
 
 CHIPS = {
-    "a100": Chip(312e12, 2.04e12, 108, 1.41e9, 300e9, 25e9),
-    "h100": Chip(989e12, 3.35e12, 132, 1.83e9, 450e9, 50e9),
-    "h200": Chip(989e12, 4.8e12, 132, 1.83e9, 450e9, 50e9),
-    "b200": Chip(2250e12, 8e12, 148, 1.85e9, 900e9, 50e9),
+    "a100": Chip("sm80", 312e12, 2.04e12, 108, 1.41e9, 300e9, 25e9),
+    "h100": Chip("sm90", 989e12, 3.35e12, 132, 1.83e9, 450e9, 50e9),
+    "h200": Chip("sm90", 989e12, 4.8e12, 132, 1.83e9, 450e9, 50e9),
+    "b200": Chip("sm100", 2250e12, 8e12, 148, 1.85e9, 900e9, 50e9),
 }
 
 RANKS_PER_NODE = 8
 MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.9, 0.8
 NODE_HOP_S, NETWORK_HOP_S = 10e-6, 25e-6
-# Instructions an element of the logits in kernels compiled ahead of time for sm90 (128 x 128 tiles, two exponentials).
-FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = 21, 12
 LANES = 128  # a multiprocessor: four schedulers of 32 threads
-TILE, PANEL = 128, 4096
+THREADS_A_WARP = 32
+PANEL = 4096
+MACHINE_CODE = Path(__file__).parents[1] / "results" / "kernels_aot.csv"
 CHUNK_BYTES = 64 << 20
 FEATURE_BYTES = DTYPE_BYTES["bf16"]
 
@@ -72,21 +76,44 @@ def terms(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[T
     issue_rate = chip.num_multiprocessors * LANES * chip.clock_hz
     memory_rate = MEMORY_SHARE * chip.memory_bytes_per_s
     features = (rows + batch) * dim * FEATURE_BYTES
-    partials = 2 * 8 * 2 * pairs / TILE
+    forward, backward = (epilogue(chip.architecture, kernel) for kernel in ("softmax_sums", "softmax_gradients"))
+    # a reference and a sum in fp32, written and read
+    partials = 2 * 8 * pairs * (1 / forward.tile_rows + 1 / forward.tile_columns)
     accumulation = 2 * 2 * 4 * pairs * dim / PANEL
     local = [
         Term("forward", "logits", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
-        Term("forward", "epilogue", _ISSUE, f"{FORWARD_INSTRUCTIONS} n N", FORWARD_INSTRUCTIONS * pairs / issue_rate),
+        Term("forward", "epilogue", _ISSUE, f"{forward.instructions:.1f} n N", forward.instructions * pairs / issue_rate),
         Term("forward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
-        Term("forward", "partial sums written, read", _MEMORY, f"32 n N / {TILE} B", partials / memory_rate),
+        Term("forward", "partial sums written, read", _MEMORY, f"16 n N (1 / {forward.tile_rows} + 1 / {forward.tile_columns}) B", partials / memory_rate),
         Term("backward", "logits again", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
         Term("backward", "dX and dY", _TENSOR, "4 n N D", 4 * pairs * dim / matmul_rate),
-        Term("backward", "epilogue", _ISSUE, f"{BACKWARD_INSTRUCTIONS} n N", BACKWARD_INSTRUCTIONS * pairs / issue_rate),
+        Term("backward", "epilogue", _ISSUE, f"{backward.instructions:.1f} n N", backward.instructions * pairs / issue_rate),
         Term("backward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
         Term("backward", "gradient panel written, read twice", _MEMORY, "6 n N B", 6 * pairs / memory_rate),
         Term("backward", "dX, dY accumulated in fp32", _MEMORY, f"16 n N D / {PANEL} B", accumulation / memory_rate),
     ]
     return local if world == 1 else [*local, *_transfers(chip, batch, dim, world, schedule)]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Of a kernel's tile, beside its products."""
+
+    instructions: float
+    """A logit."""
+    tile_rows: int
+    tile_columns: int
+
+
+@functools.cache
+def epilogue(architecture: str, kernel: str) -> Epilogue:
+    """As `tools/inspect_kernels.py` recorded it, for bf16 features and no options."""
+    with MACHINE_CODE.open(newline="") as file:
+        wanted = {"architecture": architecture, "kernel": kernel, "dtype": "bf16", "options": "plain"}
+        (row,) = (row for row in csv.DictReader(file) if wanted.items() <= row.items())
+    tile_rows, tile_columns = int(row["block_rows"]), int(row["block_columns"])
+    instructions = int(row["path_instructions"]) * int(row["num_warps"]) * THREADS_A_WARP
+    return Epilogue(instructions / (tile_rows * tile_columns), tile_rows, tile_columns)
 
 
 _TENSOR, _ISSUE, _MEMORY, _LINK = "tensor cores", "instruction issue", "HBM", "link"
@@ -166,7 +193,7 @@ def _assumptions(chip: Chip) -> str:
         f"NVLink {chip.node_bytes_per_s / giga:g} GB/s and network {chip.network_bytes_per_s / giga:g} GB/s one way.\n"
         f"Taken for granted: {shares}; NVLink up to {RANKS_PER_NODE} ranks, the network beyond; "
         f"{NODE_HOP_S * 1e6:g} or {NETWORK_HOP_S * 1e6:g} us a hop.\n"
-        f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in kernels compiled for sm90 "
-        f"({TILE} x {TILE} tiles, two exponentials), {LANES} an issue cycle and multiprocessor.\n"
+        f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in the Triton kernels compiled for "
+        f"{chip.architecture} (tools/results/{MACHINE_CODE.name}), {LANES} an issue cycle and multiprocessor.\n"
         "A step lies between the two totals. Nothing here was measured."
     )
