@@ -127,7 +127,7 @@ class LossConfig(Section):
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
     """What features are sent and multiplied in; sums, the logit scale and the loss are fp32 in both."""
     fp32_precision: Literal["ieee", "tf32x3"] = "ieee"
-    """How the Triton kernels multiply fp32 features: as they are, or in three TF32 products of the same accuracy; never in one."""
+    """How the Triton kernels multiply fp32 features: as they are, or in three TF32 products of the same accuracy."""
     backend: Literal["auto", "triton", "panels", "reference"] = "auto"
     """Implementation of the loss; one that cannot run is an error. `auto`: Triton on a GPU, panels on a CPU."""
 

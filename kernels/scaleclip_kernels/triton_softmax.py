@@ -194,8 +194,7 @@ def fold_sums_kernel(partials, sums, size, num_tiles, K: tl.constexpr, BLOCK: tl
         exists_TB = (tiles < num_tiles)[:, None] & exists[None, :]
         part_TB_at = partials + tiles[:, None] * size + at[None, :]
         part_TB = tl.load(part_TB_at + num_tiles * size, mask=exists_TB, other=0.0)
-        # a tile in which a row has no candidate says nothing about its largest logit
-        reference_TB = tl.where(part_TB == 0, LOWEST, tl.load(part_TB_at, mask=exists_TB, other=LOWEST))
+        reference_TB = tl.load(part_TB_at, mask=exists_TB, other=LOWEST)
         new_largest = tl.maximum(largest, tl.max(reference_TB, 0))
         total = total * tl.exp2(largest - new_largest) + tl.sum(part_TB * tl.exp2(reference_TB - new_largest[None, :]), 0)
         largest = new_largest

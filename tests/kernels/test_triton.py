@@ -64,7 +64,7 @@ def test_error_budget(loss: str, scale: float, regime: str, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("scale", [1.0, 14.3, 50.0, 100.0])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("num_pairs", "dim"), [(1, 64), (7, 100), (100, 640), (257, 100), (130, 1152)])
 def test_error_budget_of_many_sizes(num_pairs: int, dim: int, scale: float, regime: str, loss: str, features_by: str) -> None:
     assert_within_budget(inputs(loss, regime, num_pairs, dim, scale))
@@ -143,7 +143,7 @@ def test_error_budget_of_random_options(loss: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_error_budget_of_many_random_options(loss: str, monkeypatch: pytest.MonkeyPatch, features_by: str) -> None:
-    seeds = range(2000, 2150) if features_by == "TMA" else range(3000, 3150)
+    seeds = range(2000, 2060) if features_by == "TMA" else range(3000, 3060)
     check_random_cases(loss, seeds, monkeypatch, "triton", most_logits=30_000)
 
 

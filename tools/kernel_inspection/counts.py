@@ -37,7 +37,7 @@ def launch_counts(kernel: Kernel, asked: Asked, launch: Launch, recomputed_tiles
     """Of one launch, both directions and gradients wanted, no weights.
 
     Args:
-        recomputed_tiles: of "softmax_sums", those whose rows and columns need maxima of their own: their products are made twice.
+        recomputed_tiles: of "softmax_sums", tiles whose rows and columns need maxima of their own: made twice.
     """
     row_tiles, column_tiles = math.ceil(asked.num_rows / launch.block_rows), math.ceil(asked.num_columns / launch.block_columns)
     tiles = row_tiles * column_tiles + recomputed_tiles

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from kernel_inspection.baseline import Row
 
 _HEADER = (
-    "| chip | kernel | tile, warps | registers | blocks | shared KiB | matrix units | "
-    "issue | special | shuffle | busiest |"
+    "| chip | kernel | tile, warps | registers | blocks | shared KiB | matrix units | issue | special | shuffle | busiest |"
 )
 
 

@@ -78,13 +78,14 @@ def terms(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[T
     features = (rows + batch) * dim * FEATURE_BYTES
     forward, backward = (epilogue(chip.architecture, kernel) for kernel in ("softmax_sums", "softmax_gradients"))
     # a reference and a sum in fp32, written and read
+    parts = f"1 / {forward.tile_rows} + 1 / {forward.tile_columns}"
     partials = 2 * 8 * pairs * (1 / forward.tile_rows + 1 / forward.tile_columns)
     accumulation = 2 * 2 * 4 * pairs * dim / PANEL
     local = [
         Term("forward", "logits", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
         Term("forward", "epilogue", _ISSUE, f"{forward.instructions:.1f} n N", forward.instructions * pairs / issue_rate),
         Term("forward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
-        Term("forward", "partial sums written, read", _MEMORY, f"16 n N (1 / {forward.tile_rows} + 1 / {forward.tile_columns}) B", partials / memory_rate),
+        Term("forward", "partial sums written, read", _MEMORY, f"16 n N ({parts}) B", partials / memory_rate),
         Term("backward", "logits again", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
         Term("backward", "dX and dY", _TENSOR, "4 n N D", 4 * pairs * dim / matmul_rate),
         Term("backward", "epilogue", _ISSUE, f"{backward.instructions:.1f} n N", backward.instructions * pairs / issue_rate),
@@ -193,7 +194,7 @@ def _assumptions(chip: Chip) -> str:
         f"NVLink {chip.node_bytes_per_s / giga:g} GB/s and network {chip.network_bytes_per_s / giga:g} GB/s one way.\n"
         f"Taken for granted: {shares}; NVLink up to {RANKS_PER_NODE} ranks, the network beyond; "
         f"{NODE_HOP_S * 1e6:g} or {NETWORK_HOP_S * 1e6:g} us a hop.\n"
-        f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in the Triton kernels compiled for "
-        f"{chip.architecture} (tools/results/{MACHINE_CODE.name}), {LANES} an issue cycle and multiprocessor.\n"
+        f"n = N / W rows on a rank, C chunks of {CHUNK_BYTES >> 20} MiB. Instructions: counted in the Triton kernels "
+        f"compiled for {chip.architecture} (tools/results/{MACHINE_CODE.name}), {LANES} an issue cycle and multiprocessor.\n"
         "A step lies between the two totals. Nothing here was measured."
     )
