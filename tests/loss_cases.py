@@ -96,6 +96,7 @@ def set_panels(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None
     monkeypatch.setattr(panels, "PANEL_COLUMNS", columns)
     monkeypatch.setattr(triton_launch, "SUPER_ROWS", rows)
     monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 2 * columns)
+    monkeypatch.setattr(triton_launch, "WIDEST_TILE", 64)
     monkeypatch.setattr(triton_launch, "GRADIENT_ROWS", rows)
     monkeypatch.setattr(triton_launch, "GRADIENT_BYTES", 4 * rows * columns)
 

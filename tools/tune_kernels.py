@@ -193,12 +193,18 @@ def _write(rows: dict[Key, tuple[Launch, str]]) -> None:
             name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for name, value in values.items()
         }
         kept[tuple(row[name] for name in KEY_FIELDS)] = row
-    order = [*ARCHITECTURES, OTHER]
-    listed = sorted(kept.values(), key=lambda row: order.index(row["architecture"]))
+    listed = sorted(kept.values(), key=_place)
     with PATH.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*KEY_FIELDS, *LAUNCH_FIELDS, CHOSEN_BY], lineterminator="\n")
         writer.writeheader()
         writer.writerows(listed)
+
+
+def _place(row: dict[str, str]) -> tuple[int, int, int, str]:
+    """In the order of the table; an architecture that is new comes before the row for all others."""
+    known = ARCHITECTURES.index(row["architecture"]) if row["architecture"] in ARCHITECTURES else len(ARCHITECTURES)
+    known += row["architecture"] == OTHER
+    return known, KERNELS.index(row["kernel"]), PRODUCTS.index(row["products"]), row["positives"]  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

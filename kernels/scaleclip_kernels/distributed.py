@@ -324,6 +324,11 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-@functools.cache
 def say_once(message: str) -> None:
+    if not torch.compiler.is_compiling():  # which cannot follow a logger
+        _say(message)
+
+
+@functools.cache
+def _say(message: str) -> None:
     _log.info(message)

@@ -81,8 +81,10 @@ def add_panel_product(total: Tensor, left: Tensor, right: Tensor, factor: float)
     if left.dtype == torch.float32:
         with fp32_products(total.device, left.shape[1]):
             total.addmm_(left, right, alpha=factor)
-    elif total.device.type == "cpu":  # has no such product: under Triton's interpreter the same sums, from widened operands
-        total.addmm_(left.float(), right.float(), alpha=factor)
+    elif total.device.type == "cpu" or torch.version.hip is not None:
+        # No product into fp32 there (of ROCm's, reports disagree): the same sums from widened operands.
+        with fp32_products(total.device, left.shape[1]):
+            total.addmm_(left.float(), right.float(), alpha=factor)
     else:
         with torch.autocast(total.device.type, enabled=False):
             torch.addmm(total, left, right, alpha=factor, out_dtype=torch.float32, out=total)

@@ -18,15 +18,20 @@ from scaleclip_kernels.tuning import Kernel, Launch, launch_for
 PARTIAL_BYTES = 64 << 20
 """Of the parts of sums that a super-panel leaves before they are folded: what keeps memory linear in the batch."""
 SUPER_ROWS = 16_384
+LEAST_TILE, WIDEST_TILE = 32, 256
+"""Rows or columns of any launch's tiles."""
 GRADIENT_BYTES = 32 << 20
 """Of gradients of logits at a time: they are read twice, if possible from a cache of 50 MB (H100)."""
 GRADIENT_ROWS = 4_096
 
-# G is at most 2: half precision, whose numbers end at 6e-5 and 65,504, has more use for the upper half of its range.
+# G is at most 2: half precision, which has all its digits from 6e-5 to 65,504, has more use for the upper half of its range.
 GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 8192.0}
 # These differ between the panels of one call: a kernel compiled for each value would be compiled again and again.
 DO_NOT_SPECIALIZE = ["num_rows", "num_columns", "matched_row", "matched_end", "matched_offset"]
-_TMA_ALIGNMENT = 16
+ALIGNMENT = 16
+"""Bytes: of rows that TMA takes, and that are loaded many elements at a time."""
+_PANEL_UNIT = 16
+"""Elements: Triton takes a stride that is a multiple of so many for aligned."""
 
 
 def scale_parts(scale: Tensor) -> Tensor:
@@ -36,8 +41,9 @@ def scale_parts(scale: Tensor) -> Tensor:
 
 
 def block_launch(kernel: Kernel, block: Block) -> Launch:
-    features = block.x.features
-    return launch_for(kernel, features.dtype, block.fp32_precision, block.duplicates_are_positive, features.device)
+    x, y = block.x.features, block.y.features
+    is_aligned = _is_aligned(x) and _is_aligned(y)
+    return launch_for(kernel, x.dtype, block.fp32_precision, block.duplicates_are_positive, is_aligned, x.device)
 
 
 FlatBlock = tuple[
@@ -73,24 +79,22 @@ def num_tiles(panel: Block, launch: Launch) -> tuple[int, int]:
     return triton.cdiv(num_rows, launch.block_rows), triton.cdiv(num_columns, launch.block_columns)
 
 
-def super_panels(block: Block, launch: Launch, num_sums: int) -> Iterator[tuple[Block, slice, slice]]:
+def super_panels(block: Block, num_sums: int) -> Iterator[tuple[Block, slice, slice]]:
     """Panels whose parts of sums fit PARTIAL_BYTES, row after row, with their rows and columns in the block."""
     rows = min(SUPER_ROWS, max(block.shape[0], 1))
     # a row has a part a column tile, a column a part a row tile
-    bytes_a_column = 4 * num_sums * (rows / launch.block_columns + triton.cdiv(rows, launch.block_rows))
-    columns = max(int(PARTIAL_BYTES / bytes_a_column) // launch.block_columns, 1) * launch.block_columns
-    yield from _panels(block, rows, columns)
+    bytes_a_column = 4 * num_sums * (rows / LEAST_TILE + triton.cdiv(rows, LEAST_TILE))
+    yield from _panels(block, rows, max(int(PARTIAL_BYTES / bytes_a_column) // WIDEST_TILE, 1) * WIDEST_TILE)
 
 
 def arguments(panel: Block, launch: Launch) -> dict[str, Any]:
     """What every kernel is launched with."""
     x, y = panel.x.features, panel.y.features
     num_rows, num_columns = panel.shape
-    tma = launch.tma and all(map(_is_aligned, (x, y)))
     matched = panel.matched
     return {
-        "x": _descriptor(x, launch.block_rows, launch.block_dim) if tma else x,
-        "y": _descriptor(y, launch.block_columns, launch.block_dim) if tma else y,
+        "x": _descriptor(x, launch.block_rows, launch.block_dim) if launch.tma else x,
+        "y": _descriptor(y, launch.block_columns, launch.block_dim) if launch.tma else y,
         "row_invalid": None if panel.x.invalid is None else panel.x.invalid.view(torch.uint8),
         "column_invalid": None if panel.y.invalid is None else panel.y.invalid.view(torch.uint8),
         "row_ids": panel.x.ids if panel.y.ids is not None else None,
@@ -108,7 +112,7 @@ def arguments(panel: Block, launch: Launch) -> dict[str, Any]:
         "BLOCK_DIM": launch.block_dim,
         "GROUP": launch.group,
         "EVEN_DIM": x.shape[1] % launch.block_dim == 0,
-        "TMA": tma,
+        "TMA": launch.tma,
         "PRECISION": panel.fp32_precision,
         "EXACT_SCALE": x.dtype == torch.float32,
         "num_warps": launch.num_warps,
@@ -123,14 +127,13 @@ def gradient_panels(block: Block) -> Iterator[tuple[Block, slice, slice]]:
 
 
 def empty_gradients(x_ND: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """[n, m] in the features' dtype, with rows aligned for TMA."""
-    in_unit = _TMA_ALIGNMENT // x_ND.itemsize
-    return x_ND.new_empty(num_rows, triton.cdiv(num_columns, in_unit) * in_unit)[:, :num_columns]
+    """[n, m] in the features' dtype, in longer rows whose beginnings are aligned."""
+    return x_ND.new_empty(num_rows, triton.cdiv(num_columns, _PANEL_UNIT) * _PANEL_UNIT)[:, :num_columns]
 
 
-def gradients_argument(gradients: Tensor, launch: Launch, tma: bool) -> Any:
+def gradients_argument(gradients: Tensor, launch: Launch) -> Any:
     """As a kernel takes it."""
-    if not tma:
+    if not launch.tma:
         return gradients
     return TensorDescriptor(
         gradients, list(gradients.shape), list(gradients.stride()), [launch.block_rows, launch.block_columns]
@@ -164,8 +167,9 @@ def _panels(block: Block, height: int, width: int) -> Iterator[tuple[Block, slic
 
 
 def _is_aligned(features: Tensor) -> bool:
-    row_bytes = features.stride(0) * features.itemsize
-    return features.shape[1] > 0 and features.data_ptr() % _TMA_ALIGNMENT == 0 and row_bytes % _TMA_ALIGNMENT == 0
+    """Whether every row begins at a multiple of 16 bytes; an allocation does."""
+    row_bytes, first_bytes = features.stride(0) * features.itemsize, features.storage_offset() * features.itemsize
+    return features.shape[1] > 0 and row_bytes % ALIGNMENT == 0 and first_bytes % ALIGNMENT == 0
 
 
 def _descriptor(features: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:

@@ -104,7 +104,7 @@ def sigmoid_kernel(
             gradients_RC = tl.where(is_same_RC, -gradients_RC, gradients_RC)
         tl.store(totals + 2 * tl.program_id(0) + 1, tl.sum(gradients_RC))
         store_panel(
-            gradients, gradients_RC * GRADIENT_SCALE, first_row, first_column, num_rows, num_columns, gradients_stride,
+            gradients, gradients_RC * GRADIENT_SCALE, first_row, first_column, num_rows, gradients_stride,
             BLOCK_ROWS, BLOCK_COLUMNS, TMA,
         )  # fmt: skip
 
@@ -141,19 +141,19 @@ def _sigmoid(
 ) -> tuple[Tensor, Tensor]:
     panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
     launch = block_launch("sigmoid", panel)
-    shared = arguments(panel, launch)
     totals, gradients = _empty_results(panel, with_gradients)
-    sigmoid_kernel[(len(totals),)](
-        **shared,
-        scale=scale,
-        bias=bias,
-        share=share,
-        totals=totals,
-        gradients=gradients_argument(gradients, launch, shared["TMA"]) if with_gradients else None,
-        gradients_stride=gradients.stride(0),
-        POSITIVE=positives,
-        GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
-    )
+    with torch.cuda.device_of(x):
+        sigmoid_kernel[(len(totals),)](
+            **arguments(panel, launch),
+            scale=scale,
+            bias=bias,
+            share=share,
+            totals=totals,
+            gradients=gradients_argument(gradients, launch) if with_gradients else None,
+            gradients_stride=gradients.stride(0),
+            POSITIVE=positives,
+            GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
+        )
     return totals, gradients
 
 

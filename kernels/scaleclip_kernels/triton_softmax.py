@@ -156,7 +156,8 @@ def softmax_sums_kernel(
         row_largest = tl.zeros((BLOCK_ROWS,), tl.float32) + largest
         column_largest = tl.zeros((BLOCK_COLUMNS,), tl.float32) + largest
         least = tl.minimum(tl.min(tl.where(row_present, row_sum, 1.0), 0), tl.min(tl.where(column_present, column_sum, 1.0), 0))
-        if least < LEAST_SUM:
+        # not where nothing counts at all
+        if (least < LEAST_SUM) & (largest > LOWEST):
             # Computed again rather than kept: kept, the logits would not fit the registers.
             logits_RC = _logits(
                 x, y, scale, row_present, column_present, row_ids, column_ids, first_row, first_column, num_rows, num_columns,
@@ -297,7 +298,7 @@ def softmax_gradients_kernel(
             column_share = column_factor * tl.load(column_terms + columns * TERMS + 1, mask=columns < num_columns, other=0.0)
             gradients_RC -= tl.where(is_same_RC, column_share[None, :], 0.0)
     store_panel(
-        gradients, gradients_RC, first_row, first_column, num_rows, num_columns, gradients_stride,
+        gradients, gradients_RC, first_row, first_column, num_rows, gradients_stride,
         BLOCK_ROWS, BLOCK_COLUMNS, TMA,
     )  # fmt: skip
 
@@ -320,13 +321,14 @@ def _softmax_sums(
     panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
     row_partials, column_partials = _empty_partials(panel, for_rows, for_columns)
     launch = block_launch("softmax_sums", panel)
-    softmax_sums_kernel[(math.prod(num_tiles(panel, launch)),)](
-        **arguments(panel, launch),
-        scale=scale,
-        row_partials=row_partials if for_rows else None,
-        column_partials=column_partials if for_columns else None,
-        POSITIVE=positives,
-    )
+    with torch.cuda.device_of(x):
+        softmax_sums_kernel[(math.prod(num_tiles(panel, launch)),)](
+            **arguments(panel, launch),
+            scale=scale,
+            row_partials=row_partials if for_rows else None,
+            column_partials=column_partials if for_columns else None,
+            POSITIVE=positives,
+        )
     return row_partials, column_partials
 
 
@@ -363,9 +365,10 @@ def _empty_partials(panel: Block, for_rows: bool, for_columns: bool) -> tuple[Te
 @torch.library.custom_op("scaleclip_kernels::fold_sums", mutates_args=("sums",))
 def _fold_sums(partials: Tensor, sums: Tensor) -> None:
     num_sums, tiles, size = partials.shape
-    fold_sums_kernel[(triton.cdiv(size, FOLD_BLOCK),)](
-        partials, sums, size, tiles, K=num_sums, BLOCK=FOLD_BLOCK, TILES=FOLD_TILES
-    )
+    with torch.cuda.device_of(sums):
+        fold_sums_kernel[(triton.cdiv(size, FOLD_BLOCK),)](
+            partials, sums, size, tiles, K=num_sums, BLOCK=FOLD_BLOCK, TILES=FOLD_TILES
+        )
 
 
 def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, column_sums: Callable[[], Tensor] | None) -> None:
@@ -373,7 +376,7 @@ def fold_softmax(block: Block, logit_scale: Tensor, row_sums: Tensor | None, col
     scale = scale_parts(logit_scale.double() * LOG2_E)
     wanted = row_sums is not None, column_sums is not None
     num_sums = 4 if block.duplicates_are_positive else 2
-    for panel, rows, columns in super_panels(block, block_launch("softmax_sums", block), num_sums):
+    for panel, rows, columns in super_panels(block, num_sums):
         row_partials, column_partials = _softmax_sums(*flat(panel), scale, *wanted)
         if row_sums is not None:
             _fold_sums(row_partials, row_sums[rows])
@@ -400,20 +403,20 @@ def _softmax_gradients(
 ) -> Tensor:
     panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
     launch = block_launch("softmax_gradients", panel)
-    shared = arguments(panel, launch)
     gradients = empty_gradients(x, len(x), len(y))
-    softmax_gradients_kernel[(math.prod(num_tiles(panel, launch)),)](
-        **shared,
-        scale=scale,
-        row_terms=row_terms,
-        column_terms=column_terms,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        gradients=gradients_argument(gradients, launch, shared["TMA"]),
-        gradients_stride=gradients.stride(0),
-        POSITIVE=positives,
-        GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
-    )
+    with torch.cuda.device_of(x):
+        softmax_gradients_kernel[(math.prod(num_tiles(panel, launch)),)](
+            **arguments(panel, launch),
+            scale=scale,
+            row_terms=row_terms,
+            column_terms=column_terms,
+            row_weight=row_weight,
+            column_weight=column_weight,
+            gradients=gradients_argument(gradients, launch),
+            gradients_stride=gradients.stride(0),
+            POSITIVE=positives,
+            GRADIENT_SCALE=GRADIENT_SCALE[x.dtype],
+        )
     return gradients
 
 

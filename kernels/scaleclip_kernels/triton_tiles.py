@@ -134,18 +134,18 @@ def store_panel(
     first_row,
     first_column,
     num_rows,
-    num_columns,
     stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Write a tile to the panel [n, m] in the panel's dtype."""
+    """Write a tile to a panel of n rows, `stride` apart, in the panel's dtype."""
     if TMA:
         panel.store([first_row, first_column], values_RC.to(panel.dtype))
     else:
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-        exists_RC = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        # up to the end of the panel's own rows, whose alignment is known, so that many elements are stored at a time
+        exists_RC = (rows < num_rows)[:, None] & (columns < stride)[None, :]
         at_RC = panel + rows.to(tl.int64)[:, None] * stride + columns[None, :]
         tl.store(at_RC, values_RC.to(panel.dtype.element_ty), mask=exists_RC)

@@ -5,7 +5,7 @@ Nothing is tuned while training: the same launch in every run and on every rank 
 
 import csv
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Literal, NamedTuple, get_args
 
@@ -56,13 +56,19 @@ class Launch:
 INTERPRETER = Launch(32, 64, 32, num_warps=4, num_stages=1, tma=False)
 
 
-def launch_for(kernel: Kernel, dtype: torch.dtype, precision: Fp32Precision, positives: bool, device: torch.device) -> Launch:
-    """For features of `dtype`. A CPU is Triton's interpreter."""
+@torch.compiler.assume_constant_result  # the table is a file, which torch.compile cannot read
+def launch_for(
+    kernel: Kernel, dtype: torch.dtype, precision: Fp32Precision, positives: bool, is_aligned: bool, device: torch.device
+) -> Launch:
+    """For features of `dtype`, in rows aligned to 16 bytes or not. A CPU is Triton's interpreter.
+
+    Rows that are not aligned are loaded an element at a time, with the small tiles of all other architectures.
+    """
     if device.type == "cpu":
-        return INTERPRETER
+        return INTERPRETER if is_aligned else replace(INTERPRETER, tma=False)
     products: Products = "16 bits" if dtype.itemsize == 2 else precision
     launches = table()
-    found = launches.get(Key(architecture(device), kernel, products, positives))
+    found = launches.get(Key(architecture(device), kernel, products, positives)) if is_aligned else None
     return launches[Key(OTHER, kernel, products, positives)] if found is None else found
 
 

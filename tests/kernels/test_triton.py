@@ -31,8 +31,9 @@ from loss_cases import (
     set_panels,
 )
 from scaleclip_kernels import arguments, gemm, panels, triton_backend, triton_launch, triton_sigmoid, triton_softmax, tuning
-from scaleclip_kernels.blocks import LOG2_E, Block, Matched, Side
-from scaleclip_kernels.tuning import INTERPRETER, KERNELS, OTHER, PRODUCTS, Key, Launch, table
+from scaleclip_kernels.arguments import Backend
+from scaleclip_kernels.blocks import LOG2_E, Block, Fp32Precision, Matched, Side
+from scaleclip_kernels.tuning import INTERPRETER, KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, table
 
 BIASES = {"softmax": None, "sigmoid": -2.0}
 # Tiles of 32 x 64: three row panels and two column panels for 70 x 70, the last ones ragged
@@ -313,6 +314,7 @@ def test_only_tiles_that_need_it_are_computed_twice() -> None:
 @pytest.mark.parametrize("num_columns", [64, 1000])
 def test_parts_of_sums_fit_a_super_panel(num_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1 << 15)
+    monkeypatch.setattr(triton_launch, "WIDEST_TILE", 64)
     monkeypatch.setattr(triton_launch, "SUPER_ROWS", 100)
     made, make = [], triton_softmax._empty_partials
 
@@ -361,21 +363,40 @@ def test_operators_are_what_they_say(options: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("views", "duplicates"), [(1, "negative"), (2, "positive")])
-def test_compiles_whole(loss: str, views: int, duplicates: str) -> None:
-    """torch.compile without a graph break, forward and backward, to the same bits."""
+def test_compiles_whole(loss: str, views: int, duplicates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without a graph break, forward and backward, to the same bits where nothing is fused.
+
+    As on a GPU: `auto` chooses Triton, and the launch comes from the table's file.
+    """
+    monkeypatch.setattr(arguments, "_backend", _as_on_a_gpu)
+    monkeypatch.setattr(triton_launch, "launch_for", _launch_from_the_table)
     x, y = (t.requires_grad_() for t in features("gap", 70, 40, views=views))
     scalars = [torch.tensor(value, requires_grad=True) for value in (14.3, BIASES[loss]) if value is not None]
     ids, valid = torch.arange(70) % 25, torch.arange(70) % 7 != 1
 
     def step(x: Tensor, y: Tensor, *scalars: Tensor) -> Tensor:
-        return LOSSES[loss](x, y, *scalars, ids=ids, valid=valid, views=views, duplicates=duplicates, backend="triton")
+        return LOSSES[loss](x, y, *scalars, ids=ids, valid=valid, views=views, duplicates=duplicates)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    expected, found = step(x, y, *scalars), compiled(x, y, *scalars)
+    found = compiled(x, y, *scalars)
+    expected = step(x, y, *scalars)
     assert torch.equal(found, expected)
     for got, true in zip(*(torch.autograd.grad(value, (x, y, *scalars)) for value in (found, expected)), strict=True):
         assert torch.equal(got, true)
+
+
+_backend, launch_for = arguments._backend, tuning.launch_for
+
+
+def _as_on_a_gpu(name: Backend, precision: Fp32Precision, device: torch.device, num_ranks: int) -> ModuleType:
+    return _backend(name, precision, torch.device("cuda"), num_ranks)
+
+
+def _launch_from_the_table(
+    kernel: Kernel, dtype: torch.dtype, precision: Fp32Precision, positives: bool, is_aligned: bool, device: torch.device
+) -> Launch:
+    return launch_for(kernel, dtype, precision, positives, is_aligned, torch.device("cuda"))
 
 
 # --- which launch, and where it cannot run ------------------------------------------------------------------------------------
@@ -413,8 +434,10 @@ def test_launch_is_the_architectures_or_the_one_for_all_others(
     pretended_gpu["capability"] = capability
     monkeypatch.setattr(torch.version, "hip", hip)
     for positives in (False, True):
-        found = tuning.launch_for("softmax_sums", torch.bfloat16, "ieee", positives, torch.device("cuda"))
+        found = tuning.launch_for("softmax_sums", torch.bfloat16, "ieee", positives, True, torch.device("cuda"))
         assert found == table()[Key(architecture, "softmax_sums", "16 bits", positives)]
+        unaligned = tuning.launch_for("softmax_sums", torch.bfloat16, "ieee", positives, False, torch.device("cuda"))
+        assert unaligned == table()[Key(OTHER, "softmax_sums", "16 bits", positives)]
 
 
 def test_table_has_a_launch_for_every_kernel_everywhere() -> None:
@@ -426,6 +449,8 @@ def test_table_has_a_launch_for_every_kernel_everywhere() -> None:
         assert isinstance(launch, Launch)
         # a block is made of whole products of the matrix units, and the sigmoid's factors of 64 columns
         assert launch.block_rows % 64 == launch.block_columns % 64 == launch.block_dim % 16 == 0, key
+        for size in (launch.block_rows, launch.block_columns):
+            assert triton_launch.LEAST_TILE <= size <= triton_launch.WIDEST_TILE, key
         assert not launch.tma or key.architecture in ("sm90", "sm100"), key
 
 
@@ -439,7 +464,7 @@ def test_needs_a_gpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_auto_is_triton_on_a_gpu_and_panels_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     from scaleclip_kernels import distributed
 
-    distributed.say_once.cache_clear()
+    distributed._say.cache_clear()
     with caplog.at_level("INFO", logger="scaleclip_kernels"):
         for _ in range(2):
             assert arguments._backend("auto", "ieee", torch.device("cuda"), 1) is triton_backend

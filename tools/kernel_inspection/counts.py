@@ -10,6 +10,7 @@ from typing import NamedTuple
 from scaleclip_kernels.tuning import Kernel, Launch
 
 _IDS, _MASK, _FP32 = 8, 1, 4
+_PANEL_UNIT = 16
 
 
 class Counts(NamedTuple):
@@ -37,32 +38,30 @@ def launch_counts(kernel: Kernel, asked: Asked, launch: Launch, recomputed_tiles
     """Of one launch, both directions and gradients wanted, no weights.
 
     Args:
-        recomputed_tiles: of "softmax_sums", tiles whose rows and columns need maxima of their own: made twice.
+        recomputed_tiles: of "softmax_sums", tiles that need maxima of their own, made twice (with pointers, no ids).
     """
     row_tiles, column_tiles = math.ceil(asked.num_rows / launch.block_rows), math.ceil(asked.num_columns / launch.block_columns)
-    tiles = row_tiles * column_tiles + recomputed_tiles
+    tiles = row_tiles * column_tiles
+    made = tiles + recomputed_tiles
     padded_dim = math.ceil(asked.dim / launch.block_dim) * launch.block_dim
-    flop = 2 * tiles * launch.block_rows * launch.block_columns * padded_dim
+    flop = 2 * made * launch.block_rows * launch.block_columns * padded_dim
     # every row meets every column tile, every column every row tile
     sides = asked.num_rows * column_tiles + asked.num_columns * row_tiles
     # pointers take the last row again where a tile ends beyond it, TMA takes nothing
-    features = sides if launch.tma and not recomputed_tiles else tiles * (launch.block_rows + launch.block_columns)
-    loaded = features * asked.dim * asked.itemsize + tiles * _FP32 * asked.num_scale_parts
-    loaded += sides * (_MASK * asked.has_masks)
-    stored = 0
-    id_reads = 0
+    features = sides if launch.tma else made * (launch.block_rows + launch.block_columns)
+    loaded = features * asked.dim * asked.itemsize + made * _FP32 * asked.num_scale_parts
+    loaded += sides * (_MASK * asked.has_masks + _IDS * asked.has_ids)
+    # pointers store up to the end of a panel's rows, which are a multiple of 16 elements
+    width = asked.num_columns if launch.tma else math.ceil(asked.num_columns / _PANEL_UNIT) * _PANEL_UNIT
+    panel = asked.num_rows * width * asked.itemsize
     if kernel == "softmax_sums":
         stored = sides * _FP32 * (4 if asked.positives else 2)
-        id_reads = 1
     elif kernel == "softmax_gradients":
         loaded += sides * _FP32 * (2 if asked.positives else 1)
-        stored = asked.num_rows * asked.num_columns * asked.itemsize
-        id_reads = 1
+        stored = panel
     else:
         loaded += tiles * _FP32  # the bias
-        stored = asked.num_rows * asked.num_columns * asked.itemsize + tiles * 2 * _FP32
-        id_reads = 1
-    loaded += sides * _IDS * asked.has_ids * id_reads
+        stored = panel + tiles * 2 * _FP32
     return Counts(flop, loaded, stored)
 
 

@@ -12,8 +12,9 @@ from scaleclip_kernels import triton_launch, triton_sigmoid, triton_softmax
 from scaleclip_kernels.tuning import KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, Products, table
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-Options = Literal["plain", "one way", "ignore", "positive"]
-"""All pairs valid, both directions; one direction; ids that leave pairs out, or make positives, with validity and weights."""
+Options = Literal["plain", "one way", "ignore", "positive", "unaligned"]
+"""All pairs valid, both directions; one direction; ids that leave pairs out, or make positives, with validity and weights;
+plain with rows of features that are not aligned."""
 
 DIM = 512
 KERNEL_FUNCTIONS: dict[Kernel, JITFunction[Any]] = {
@@ -58,7 +59,7 @@ class Variant:
     @property
     def is_fallback(self) -> bool:
         """Whether the launch is the one for architectures that are not in the table."""
-        return self.key not in table()
+        return self.options == "unaligned" or self.key not in table()
 
     @property
     def matrix_flop(self) -> float:
@@ -78,6 +79,9 @@ def variants(architecture: str) -> Iterator[Variant]:
         for dtype in _DTYPES[products]:
             for options in _options(key, dtype):
                 yield Variant(architecture, kernel, dtype, products, options, launch)
+        if not positives:
+            other = launches[key._replace(architecture=OTHER)]
+            yield Variant(architecture, kernel, _DTYPES[products][0], products, "unaligned", other)
 
 
 def _options(key: Key, dtype: Dtype) -> tuple[Options, ...]:
@@ -108,7 +112,7 @@ def signature(variant: Variant) -> Signature:
         "BLOCK_COLUMNS": launch.block_columns,
         "BLOCK_DIM": launch.block_dim,
         "GROUP": launch.group,
-        "EVEN_DIM": DIM % launch.block_dim == 0,
+        "EVEN_DIM": variant.options != "unaligned" and DIM % launch.block_dim == 0,
         "TMA": launch.tma,
         "PRECISION": "tf32x3" if variant.products == "tf32x3" else "ieee",
         "EXACT_SCALE": variant.dtype == "fp32",
@@ -122,6 +126,7 @@ def signature(variant: Variant) -> Signature:
         "y": (launch.block_columns, launch.block_dim),
         "gradients": (launch.block_rows, launch.block_columns),
     }
+    unaligned = _UNALIGNED | ({"x_stride", "y_stride", "dim"} if variant.options == "unaligned" else set())
     names = KERNEL_FUNCTIONS[variant.kernel].arg_names
     types, aligned = {}, set()
     for name in names:
@@ -132,6 +137,6 @@ def signature(variant: Variant) -> Signature:
             types[name] = f"tensordesc<{variant.dtype}[{rows},{columns}]>"
         else:
             types[name] = f"*{variant.dtype}" if name in tiles else _TYPES.get(name, "i32")
-            if name not in _UNALIGNED:
+            if name not in unaligned:
                 aligned.add(name)
     return Signature(types, {name: value for name, value in constants.items() if name in names}, aligned)
