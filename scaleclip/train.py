@@ -23,7 +23,7 @@ from scaleclip.evaluation.evaluate import evaluate
 from scaleclip.evaluation.results import finished_step, write_results
 from scaleclip.evaluation.splits import open_splits
 from scaleclip.guard import StopSignal
-from scaleclip.losses.objective import contrastive
+from scaleclip.losses.objective import check_runs_on, contrastive
 from scaleclip.metrics import Metrics, Row, peak_memory_gib, peak_tflops
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.flops import forward_flops
@@ -56,6 +56,7 @@ def train(config: RunConfig) -> Path:
 
     folder = Path(config.run.folder)
     with distributed.all_or_none():
+        check_runs_on(world.device, config.loss)
         gemm = fp32_library(world.device, config.model.embed_dim)
         held = open_run(config, world.size, manifest.fingerprint, gemm) if world.is_main else None
     start, finished = distributed.gather_objects((start_name(), finished_step(folder) == config.train.steps))[0]

@@ -252,3 +252,13 @@ def test_no_shards_match(tiny_config):
         2,
         "data.shards: no shards match '/nowhere/*.tar': check the path, and that this machine sees it\n",
     )
+
+
+@pytest.mark.parametrize("setting", ["loss.backend=triton", "loss.fp32_precision=tf32x3"])
+def test_a_loss_that_cannot_run_here_is_refused_before_the_folder_is_made(tiny_config, tmp_path, setting):
+    code, output = finish(start("train", tiny_config, setting))
+    assert code == 2
+    assert setting in output
+    assert "on cpu" in output
+    assert output.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ python tools/inspect_kernels.py --architecture sm90 --kernel softmax_sums  some 
 python tools/inspect_kernels.py --check                                    the gate of CI
 python tools/inspect_kernels.py --csv tools/results/kernels_aot.csv        record what --check compares with
 python tools/inspect_kernels.py --peer inf_cl                              beside Inf-CL's kernels
+python tools/inspect_kernels.py --markdown                                 the record as a table of kernels/README.md
 
 What is compiled is what a run launches: the rows of kernels/scaleclip_kernels/launches.csv, or, where an architecture has no
 row for a kernel, those for other architectures, marked (other). Exit codes: 0, 1 where --check finds a fault, 2 for bad
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kernel_inspection import baseline, fold, gate, peer_inf_cl, pool, tables
+from kernel_inspection import baseline, fold, gate, markdown, peer_inf_cl, pool, tables
 from kernel_inspection.compiled import Report, Resources, inspect
 from kernel_inspection.variants import Variant, variants
 from scaleclip_kernels.tuning import ARCHITECTURES, KERNELS
@@ -44,10 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorded: Mapping[baseline.VariantKey, baseline.Row] = {}
     try:
         _check(options)
-        if options.check:
+        if options.check or options.markdown:
             recorded = baseline.read(options.baseline)
     except ValueError as error:
         parser.error(str(error))
+    if options.markdown:
+        print(markdown.table(recorded.values()))
+        return 0
     # brackets in a message are no markup
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 240)
     return _compare(options, console) if options.peer else _inspect(options, recorded, console)
@@ -93,8 +97,8 @@ def _gate(
     ]
     for fault in faults:
         console.print(f"FAULT {fault}", soft_wrap=True)
-    for key in sorted({variant.key for variant in found} & gate.EXCUSED.keys()):
-        console.print(f"excused from spilling: {' '.join(map(str, key[:3]))}: {gate.EXCUSED[key]}", soft_wrap=True)
+    for key in filter(gate.EXCUSED.__contains__, map(baseline.VariantKey.of, found)):
+        console.print(f"excused from spilling: {' '.join(key)}: {gate.EXCUSED[key]}", soft_wrap=True)
     console.print(f"gate: {len(faults)} faults in {len(found) + len(folds)} kernels" if faults else "gate: passed")
     return 1 if faults else 0
 
@@ -130,12 +134,13 @@ def _say_failures(found: Mapping[Any, object], console: Console) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """What argparse cannot see in one option alone."""
-    if options.peer and (options.check or options.csv):
-        raise ValueError("argument --peer: a comparison is neither checked nor recorded: leave out --check and --csv")
+    if (options.check or options.csv) and (options.peer or options.markdown):
+        raise ValueError("argument --peer or --markdown: neither is checked or recorded: leave out --check and --csv")
     if options.peer and not peer_inf_cl.is_installed():
         raise ValueError(f"argument --peer: the package of {options.peer} is not installed: pip install inf-cl")
-    if options.check and not options.baseline.exists():
-        raise ValueError(f"argument --check: there is no {options.baseline} to compare with: write it with {gate.REFRESH}")
+    if (options.check or options.markdown) and not options.baseline.exists():
+        command = f"python tools/inspect_kernels.py --csv {options.baseline}"
+        raise ValueError(f"argument --baseline: there is no {options.baseline}: write it with {command}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,14 +164,18 @@ def _parser() -> argparse.ArgumentParser:
         "--check",
         action="store_true",
         help="exit with 1, a line a fault, where a kernel spills, does not fit, multiplies with other instructions than it "
-        f"should, exceeds a bound, or has an epilogue ratio more than {gate.GROWTH - 1:.0%} above the baseline's",
+        f"should, exceeds a bound, or has an epilogue ratio more than {(gate.GROWTH - 1) * 100:.0f} %% above the baseline's",
     )
-    output.add_argument("--baseline", type=Path, default=BASELINE, metavar="PATH", help="of --check (default: %(default)s)")
+    output.add_argument(
+        "--baseline", type=Path, default=BASELINE, metavar="PATH", help="of --check and --markdown (default: %(default)s)"
+    )
     output.add_argument(
         "--csv", type=_csv, metavar="PATH", help="a row a variant; rows of what is inspected again are replaced"
     )
     output.add_argument("--dump", type=Path, metavar="FOLDER", help="all that the compiler leaves: IR, assembly, machine code")
-    output.add_argument("--peer", choices=["inf_cl"], help="instead: the resources of a peer's kernels beside ours")
+    instead = parser.add_argument_group("instead").add_mutually_exclusive_group()
+    instead.add_argument("--peer", choices=["inf_cl"], help="the resources of a peer's kernels beside ours")
+    instead.add_argument("--markdown", action="store_true", help="the baseline as kernels/README.md shows it, nothing compiled")
     return parser
 
 

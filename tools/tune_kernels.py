@@ -4,8 +4,8 @@ python tools/tune_kernels.py --by machine-code --architecture sm90    compiled a
 python tools/tune_kernels.py --by time                                measured, on the GPU that is here
 
 By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula
-is printed). By time: the one with the least median time, of those whose results agree with the panels. Only the rows of what
-was chosen are replaced; without --write the choice is only printed.
+is printed). By time: the one with the least median time, of those whose results agree with the panels. The rows of what was
+chosen are replaced, and those for all other architectures; without --write the choice is only printed.
 """
 
 import os
@@ -74,13 +74,16 @@ def spellings(products: Products, kernel: Kernel, positives: bool) -> Sequence[O
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--by", choices=("machine-code", "time"), required=True)
+    parser.add_argument("--by", choices=("machine-code", "time"), required=True, help="an estimate, or a measurement")
     parser.add_argument("--architecture", default=",".join(ARCHITECTURES), help="by machine code: which (default: %(default)s)")
     parser.add_argument("--kernel", default=",".join(KERNELS), help="which (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16_384, help="by time: pairs (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at once (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="replace the rows of launches.csv")
     options = parser.parse_args(arguments)
+    for name in ("jobs", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)} must be at least 1")
     for name, allowed in (("architecture", ARCHITECTURES), ("kernel", KERNELS)):
         for value in getattr(options, name).split(","):
             if value not in allowed:

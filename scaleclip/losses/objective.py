@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaleclip.config import LossConfig
+from scaleclip.errors import ConfigError
 from scaleclip.models.dual_encoder import Features
 from scaleclip_kernels import sigmoid_contrastive_loss, softmax_contrastive_loss
 
@@ -36,3 +37,23 @@ def contrastive(features: Features, ids_B: Tensor, valid_B: Tensor, config: Loss
         schedule=config.schedule,
         backend=config.backend,
     )
+
+
+def check_runs_on(device: torch.device, config: LossConfig) -> None:
+    """Evaluate the loss of one pair.
+
+    Raises:
+        ConfigError: it cannot run there as it is configured.
+    """
+    one, scale = torch.ones(1, 8, device=device), torch.ones((), device=device)
+    try:
+        softmax_contrastive_loss(
+            one,
+            one,
+            scale,
+            compute_dtype=_DTYPES[config.compute_dtype],
+            fp32_precision=config.fp32_precision,
+            backend=config.backend,
+        )
+    except ValueError as error:
+        raise ConfigError(f"loss.backend={config.backend}, loss.fp32_precision={config.fp32_precision}: {error}") from error

@@ -340,7 +340,7 @@ def test_gate_knows_the_matrix_instructions(architecture: str, products: str, ri
 
 
 def test_a_launch_may_be_excused_from_spilling_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gate.EXCUSED, a_variant().key, "nothing smaller is left")
+    monkeypatch.setitem(gate.EXCUSED, baseline.VariantKey.of(a_variant()), "nothing smaller is left")
     assert faults(a_report(spills=3), a_report()) == []
     assert faults(a_report(spills=3, ratio=0.54), a_report()) != []
 
@@ -349,7 +349,7 @@ def test_variants_are_what_runs_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key("sm80", "softmax_sums", "tf32x3", positives=False)
     without = {known: launch for known, launch in table().items() if known != key}
     monkeypatch.setattr(variants, "table", lambda: without)
-    (found,) = (variant for variant in variants.variants("sm80") if variant.key == key)
+    (found,) = (variant for variant in variants.variants("sm80") if variant.key == key and variant.options == "plain")
     assert found.is_fallback
     assert found.launch == without[key._replace(architecture=OTHER)]
     for architecture in ARCHITECTURES:
@@ -407,7 +407,11 @@ def test_reason_is_the_first_cause() -> None:
         (["--csv", "here.txt"], "'here.txt' is not a path that ends in .csv"),
         (["--peer", "liger"], "invalid choice: 'liger'"),
         (["--peer", "inf_cl", "--check"], "leave out --check and --csv"),
-        (["--check", "--baseline", "nowhere.csv"], "there is no nowhere.csv to compare with"),
+        (["--markdown", "--csv", "here.csv"], "leave out --check and --csv"),
+        (
+            ["--check", "--baseline", "nowhere.csv"],
+            "there is no nowhere.csv: write it with python tools/inspect_kernels.py --csv nowhere.csv",
+        ),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,6 +419,13 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         inspect_kernels.main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        inspect_kernels.main(["--help"])
+    assert exit_.value.code == 0
+    assert "more than 2 % above" in " ".join(capsys.readouterr().out.split())
 
 
 def test_missing_peer_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,12 @@
 
 import re
 
-from kernel_inspection.baseline import Row
+from kernel_inspection.baseline import Row, VariantKey
 from kernel_inspection.chips import CHIPS
 from kernel_inspection.compiled import Report, Resources
 from kernel_inspection.pool import Failure
 from kernel_inspection.variants import Variant
-from scaleclip_kernels.tuning import Kernel, Key, Products
+from scaleclip_kernels.tuning import Kernel, Products
 
 REFRESH = "python tools/inspect_kernels.py --csv tools/results/kernels_aot.csv"
 GROWTH = 1.02
@@ -21,15 +21,15 @@ INSTRUCTIONS: dict[str, dict[Products, str]] = {
     "gfx942": {"16 bits": r"\d+x\d+x\d+", "ieee": r"\d+x\d+x\d+"},
 }
 """That products must be made with; with fused multiply-adds where nothing is said."""
-EXCUSED: dict[Key, str] = {}
-"""Launches that may spill, and why nothing better is known."""
+EXCUSED: dict[VariantKey, str] = {}
+"""Variants that may spill, and why nothing better is known."""
 
 
 def variant_faults(variant: Variant, found: Report | Failure, recorded: Row | None) -> list[str]:
     """What is wrong, a line each; the variant is named by the caller."""
     if isinstance(found, Failure):
         return [f"does not compile: {found.reason}"]
-    faults = resource_faults(variant.architecture, found, may_spill=variant.key in EXCUSED)
+    faults = resource_faults(variant.architecture, found, may_spill=VariantKey.of(variant) in EXCUSED)
     faults += [_instruction_fault(found), _path_fault(found), _bound_fault(found), _growth_fault(found, recorded)]
     return [fault for fault in faults if fault]
 
