@@ -339,12 +339,6 @@ def test_gate_knows_the_matrix_instructions(architecture: str, products: str, ri
     assert "matrix instructions" in fault
 
 
-def test_a_launch_may_be_excused_from_spilling_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gate.EXCUSED, baseline.VariantKey.of(a_variant()), "nothing smaller is left")
-    assert faults(a_report(spills=3), a_report()) == []
-    assert faults(a_report(spills=3, ratio=0.54), a_report()) != []
-
-
 def test_variants_are_what_runs_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key("sm80", "softmax_sums", "tf32x3", positives=False)
     without = {known: launch for known, launch in table().items() if known != key}

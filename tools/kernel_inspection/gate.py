@@ -2,7 +2,7 @@
 
 import re
 
-from kernel_inspection.baseline import Row, VariantKey
+from kernel_inspection.baseline import Row
 from kernel_inspection.chips import CHIPS
 from kernel_inspection.compiled import Report, Resources
 from kernel_inspection.pool import Failure
@@ -18,28 +18,26 @@ INSTRUCTIONS: dict[str, dict[Products, str]] = {
     "sm80": {"16 bits": r"m16n8k16", "tf32x3": r"m16n8k8"},
     "sm90": {"16 bits": r"m64n\d+k16", "tf32x3": r"m64n\d+k8"},
     "sm100": {"16 bits": r"tcgen05\.mma", "tf32x3": r"tcgen05\.mma"},
-    "gfx942": {"16 bits": r"\d+x\d+x\d+", "ieee": r"\d+x\d+x\d+"},
+    "gfx942": {"16 bits": r"32x32x8|16x16x16", "ieee": r"32x32x2|16x16x4"},
 }
 """That products must be made with; with fused multiply-adds where nothing is said."""
-EXCUSED: dict[VariantKey, str] = {}
-"""Variants that may spill, and why nothing better is known."""
 
 
 def variant_faults(variant: Variant, found: Report | Failure, recorded: Row | None) -> list[str]:
     """What is wrong, a line each; the variant is named by the caller."""
     if isinstance(found, Failure):
         return [f"does not compile: {found.reason}"]
-    faults = resource_faults(variant.architecture, found, may_spill=VariantKey.of(variant) in EXCUSED)
+    faults = resource_faults(variant.architecture, found)
     faults += [_instruction_fault(found), _path_fault(found), _bound_fault(found), _growth_fault(found, recorded)]
     return [fault for fault in faults if fault]
 
 
-def resource_faults(architecture: str, found: Resources | Failure, may_spill: bool = False) -> list[str]:
+def resource_faults(architecture: str, found: Resources | Failure) -> list[str]:
     """Of any kernel."""
     if isinstance(found, Failure):
         return [f"does not compile: {found.reason}"]
     faults = []
-    if (found.stack_bytes or found.spills) and not may_spill:
+    if found.stack_bytes or found.spills:
         faults.append(f"spills: {found.stack_bytes} bytes of stack a thread, {found.spills} instructions on it")
     limit = CHIPS[architecture].shared_bytes
     if found.shared_bytes > limit:
