@@ -118,7 +118,7 @@ def _compiled(
     title: str, work: Callable[..., Result], tasks: Sequence[Task], options: argparse.Namespace
 ) -> dict[Task, Result | pool.Failure]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(title, total=len(tasks))
         found = pool.work_on(functools.partial(work, dump=options.dump), tasks, options.jobs, lambda: progress.advance(bar))
     return dict(zip(tasks, found, strict=True))

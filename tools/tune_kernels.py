@@ -212,7 +212,7 @@ def _place(row: dict[str, str]) -> tuple[int, int, int, str]:
     """In the order of the table; an architecture that is new comes before the row for all others."""
     known = ARCHITECTURES.index(row["architecture"]) if row["architecture"] in ARCHITECTURES else len(ARCHITECTURES)
     known += row["architecture"] == OTHER
-    return known, KERNELS.index(row["kernel"]), PRODUCTS.index(row["products"]), row["positives"]  # type: ignore[arg-type]
+    return known, KERNELS.index(row["kernel"]), PRODUCTS.index(row["products"]), row["positives"]
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def scale_parts(scale: Tensor) -> Tensor:
 def block_launch(kernel: Kernel, block: Block) -> Launch:
     x, y = block.x.features, block.y.features
     is_aligned = _is_aligned(x) and _is_aligned(y)
-    return launch_for(kernel, x.dtype, block.fp32_precision, block.duplicates_are_positive, is_aligned, x.device)
+    launch: Launch = launch_for(kernel, x.dtype, block.fp32_precision, block.duplicates_are_positive, is_aligned, x.device)
+    return launch
 
 
 FlatBlock = tuple[
@@ -169,7 +170,7 @@ def _panels(block: Block, height: int, width: int) -> Iterator[tuple[Block, slic
 def _is_aligned(features: Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes; an allocation does."""
     row_bytes, first_bytes = features.stride(0) * features.itemsize, features.storage_offset() * features.itemsize
-    return features.shape[1] > 0 and row_bytes % ALIGNMENT == 0 and first_bytes % ALIGNMENT == 0
+    return features.shape[1] > 0 and bool(row_bytes % ALIGNMENT == 0) and bool(first_bytes % ALIGNMENT == 0)
 
 
 def _descriptor(features: Tensor, block_rows: int, block_dim: int) -> TensorDescriptor:

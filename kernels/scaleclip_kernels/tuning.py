@@ -56,7 +56,8 @@ class Launch:
 INTERPRETER = Launch(32, 64, 32, num_warps=4, num_stages=1, tma=False)
 
 
-@torch.compiler.assume_constant_result  # the table is a file, which torch.compile cannot read
+# the table is a file, which torch.compile cannot read
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def launch_for(
     kernel: Kernel, dtype: torch.dtype, precision: Fp32Precision, positives: bool, is_aligned: bool, device: torch.device
 ) -> Launch:
