@@ -123,6 +123,12 @@ def test_error_budget_with_duplicates(loss: str, with_valid: bool, duplicates: s
     assert_within_budget(inputs(loss, "gap", 75, 40, 14.3), valid=valid, ids=ids, duplicates=duplicates)
 
 
+@pytest.mark.parametrize("bias", [-10.0, -7.0, -5.5, -4.0])
+def test_error_budget_of_joined_logarithms(bias: float) -> None:
+    """64 terms share a logarithm: of an argument from 0.003 to 1.2, on both sides of where its series ends."""
+    assert_within_budget(Inputs("sigmoid", "random", 70, 40, 1.0, bias, backend="triton"))
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_error_budget_of_unequal_anchors(weights: tuple[float, float]) -> None:
     column_valid = torch.arange(3 * 40) % 40 < torch.tensor([40, 31, 7]).repeat_interleave(40)
