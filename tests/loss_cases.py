@@ -138,9 +138,9 @@ class Inputs:
             plain = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **plain_options)
             ours = evaluate(function, x, y, *scalars, compute_dtype=compute_dtype, **ours_options)
             if self.backend == "triton" and rounded_x.itemsize == 2:
-                from_rounded = self._gradients_from_rounded(rounded_x, rounded_y, plain_options)
+                from_rounded = self._errors_of_rounding(rounded_x, rounded_y, plain_options)
             else:
-                from_rounded = {}
+                from_rounded = dict[str, Tensor]()
             for i, (name, true, theirs, got) in enumerate(zip(Result._fields, truth, plain, ours, strict=True)):
                 assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype)
                 assert got.isfinite().all(), f"{name} is not finite"
@@ -152,7 +152,7 @@ class Inputs:
                     from_x = (in_fp32.x.double() * rounded_x.double()).sum() / self.scale
                     plain_error = torch.maximum(plain_error, (from_x - true).abs())
                 if name in from_rounded:
-                    plain_error = torch.maximum(plain_error, (from_rounded[name] - true).abs().max())
+                    plain_error = torch.maximum(plain_error, from_rounded[name])
                 if name == "logit_bias":
                     size = size.clamp(min=1)  # a sum of terms up to 1, which cancel
                 # at scale 100 even fp64's log-sum-exp less the matched logit is off by 1e-14
@@ -160,9 +160,10 @@ class Inputs:
                 sums[i] += torch.stack([(got - true).abs().max(), plain_error, slack])
         return [Errors(name, *errors) for name, errors in zip(Result._fields, (sums / num_draws).tolist(), strict=True)]
 
-    def _gradients_from_rounded(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-        """fp64 but for G of unmatched pairs, which is rounded to the dtype of x and y.
+    def _errors_of_rounding(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+        """What rounding G of unmatched pairs to the dtype of x and y, and nothing else, does to the gradients.
 
+        Of the scale's, which is one sum, at least the spread of its terms: the sum itself can be right by chance.
         One-hot features beside x, with zeros beside y, change no logit, and y's gradient there is scale * G^T.
         """
         function, dtype, num_pairs = LOSSES[self.loss], x.dtype, self.num_pairs
@@ -174,8 +175,11 @@ class Inputs:
         rounded = (gradient * factor).to(dtype).double() / factor
         for view in range(self.views):
             rounded[:, view * num_pairs :][:, :num_pairs].diagonal().copy_(gradient[:, view * num_pairs :].diagonal())
-        grad_x, grad_y = self.scale * rounded @ y.double(), self.scale * rounded.T @ x.double()
-        return {"x": grad_x, "y": grad_y, "logit_scale": (grad_x * x.double()).sum() / self.scale}
+        lost, x, y = rounded - gradient, x.double(), y.double()
+        errors = {"x": self.scale * lost @ y, "y": self.scale * lost.T @ x}
+        terms = lost * (x @ y.T)
+        in_scale = torch.maximum(terms.sum().abs(), terms.norm())
+        return {**{name: error.abs().max() for name, error in errors.items()}, "logit_scale": in_scale}
 
 
 def assert_within_budget(inputs: Inputs, **options: Any) -> None:
