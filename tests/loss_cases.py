@@ -26,8 +26,8 @@ DUPLICATES = ("negative", "ignore", "positive")
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
 TINY_PANELS = (32, 48)
 MIN_DRAWS, MAX_DRAWS = 6, 24
-# a draw takes the interpreter a second
-TRITON_DRAWS = 3
+# of more pairs than a few: a draw then takes the interpreter a second
+TRITON_DRAWS, FEW_PAIRS = 3, 8
 GRADIENT_SCALE = {torch.bfloat16: 1.0, torch.float16: 8192.0}
 
 
@@ -125,7 +125,7 @@ class Inputs:
         function, scalars = LOSSES[self.loss], (self.scale, self.bias)
         sums = torch.zeros(len(Result._fields), 3, dtype=torch.float64)
         num_draws = min(max(MIN_DRAWS, 200 // max(self.num_pairs, 1)), MAX_DRAWS)
-        if self.backend == "triton":
+        if self.backend == "triton" and self.num_pairs > FEW_PAIRS:
             num_draws = TRITON_DRAWS
         for seed in range(num_draws):
             drawn = features(self.regime, self.num_pairs, self.dim, seed, views=self.views, extras=self.extras)
