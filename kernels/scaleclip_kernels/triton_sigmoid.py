@@ -7,6 +7,7 @@ Shapes: a block of n rows and m columns, D feature dims; a tile of R x C logits.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -158,23 +159,9 @@ def _sigmoid(
 
 
 @_sigmoid.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    row_invalid: Tensor | None,
-    column_invalid: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    matched: Sequence[int],
-    positives: bool,
-    precision: str,
-    scale: Tensor,
-    bias: Tensor,
-    share: Tensor | None,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor]:
-    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
-    return _empty_results(panel, with_gradients)
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    *block, _, _, _, with_gradients = given
+    return _empty_results(unflat(*block), with_gradients)
 
 
 def _empty_results(panel: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:

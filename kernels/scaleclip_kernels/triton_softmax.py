@@ -8,6 +8,7 @@ Shapes: a block of n rows and m columns, D feature dims; a tile of R x C logits;
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -333,22 +334,9 @@ def _softmax_sums(
 
 
 @_softmax_sums.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    row_invalid: Tensor | None,
-    column_invalid: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    matched: Sequence[int],
-    positives: bool,
-    precision: str,
-    scale: Tensor,
-    for_rows: bool,
-    for_columns: bool,
-) -> tuple[Tensor, Tensor]:
-    panel = unflat(x, y, row_invalid, column_invalid, row_ids, column_ids, matched, positives, precision)
-    return _empty_partials(panel, for_rows, for_columns)
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    *block, _, for_rows, for_columns = given
+    return _empty_partials(unflat(*block), for_rows, for_columns)
 
 
 def _empty_partials(panel: Block, for_rows: bool, for_columns: bool) -> tuple[Tensor, Tensor]:
