@@ -25,7 +25,7 @@ REGIMES = ("random", "gap", "low", "hot")
 DUPLICATES = ("negative", "ignore", "positive")
 WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.3, 0.9))
 TINY_PANELS = (32, 48)
-MIN_DRAWS, MAX_DRAWS = 6, 24
+MIN_DRAWS, MAX_DRAWS, DECIDING_DRAWS = 6, 24, 100
 # of more pairs than a few: a draw then takes the interpreter a second
 TRITON_DRAWS, FEW_PAIRS = 3, 8
 GRADIENT_SCALE = {torch.bfloat16: 1.0, torch.float16: 8192.0}
@@ -117,16 +117,20 @@ class Inputs:
     extras: int = 0
     backend: str = "panels"
 
-    def errors(self, *, compute_dtype: torch.dtype | None = None, **options: Any) -> list[Errors]:
-        """Of the backend and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them.
+    @property
+    def usual_draws(self) -> int:
+        """More of them the fewer numbers there are: one number can be right to the last bit by chance."""
+        if self.backend == "triton" and self.num_pairs > FEW_PAIRS:
+            return TRITON_DRAWS
+        return min(max(MIN_DRAWS, 200 // max(self.num_pairs, 1)), MAX_DRAWS)
 
-        A mean over draws, more of them the fewer numbers there are: one number can be right to the last bit by chance.
-        """
+    def errors(
+        self, *, compute_dtype: torch.dtype | None = None, num_draws: int | None = None, **options: Any
+    ) -> list[Errors]:
+        """Of the backend and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them."""
         function, scalars = LOSSES[self.loss], (self.scale, self.bias)
         sums = torch.zeros(len(Result._fields), 3, dtype=torch.float64)
-        num_draws = min(max(MIN_DRAWS, 200 // max(self.num_pairs, 1)), MAX_DRAWS)
-        if self.backend == "triton" and self.num_pairs > FEW_PAIRS:
-            num_draws = TRITON_DRAWS
+        num_draws = num_draws or self.usual_draws
         for seed in range(num_draws):
             drawn = features(self.regime, self.num_pairs, self.dim, seed, views=self.views, extras=self.extras)
             x, y = (t.to(self.dtype) for t in drawn)
@@ -226,7 +230,7 @@ def check_random_cases(
     """Every case within four times the error of plain torch, and 49 of 50 within twice.
 
     In one case of a hundred plain torch is right beyond what its arithmetic promises: rounding errors that all have one sign
-    where features are nearly parallel happen to cancel.
+    where features are nearly parallel happen to cancel. A case beyond twice is decided by many draws, not by the usual few.
     """
     beyond: dict[int, list[str]] = {}
     num_cases = 0
@@ -237,8 +241,12 @@ def check_random_cases(
         inputs = replace(inputs, backend=backend)
         set_panels(monkeypatch, *panel_sizes)
         num_cases += 1
-        for errors in inputs.errors(**options):
+        usual = inputs.errors(**options)
+        for errors in usual:
             assert not errors.above(4), f"random_case({loss!r}, {seed}): {errors} {inputs} {panel_sizes=}"
-            if errors.above(2):
-                beyond.setdefault(seed, []).append(f"{errors} {inputs}")
+        if any(errors.above(2) for errors in usual):
+            decided = inputs.errors(**options, num_draws=DECIDING_DRAWS)
+            strange = [f"{errors} {inputs}" for errors in decided if errors.above(2)]
+            if strange:
+                beyond[seed] = strange
     assert len(beyond) <= num_cases // 50, beyond
