@@ -78,8 +78,9 @@ def test_rows_and_columns_are_invalid_on_their_own(
     x[~row_valid], y[~column_valid] = poison, poison
     got = evaluate(LOSSES[name], x, y, *arguments, valid=row_valid, column_valid=column_valid, backend=backend)
     torch.testing.assert_close(got.loss, expected.loss)
-    torch.testing.assert_close(got.x[kept_rows], expected.x, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(got.y[kept_columns[kept_valid]], expected.y[kept_valid], rtol=1e-5, atol=1e-7)
+    # of gradients up to 1, each a sum of terms that may cancel
+    torch.testing.assert_close(got.x[kept_rows], expected.x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.y[kept_columns[kept_valid]], expected.y[kept_valid], rtol=1e-5, atol=1e-6)
     assert (got.x[~row_valid] == 0).all()
     assert (got.y[~column_valid] == 0).all()
 
