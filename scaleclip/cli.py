@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
+from scaleclip.data_cli import data_app
 from scaleclip.errors import ConfigError, RunError, Stopped
 
 app = typer.Typer(
     name="scaleclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Pre-train CLIP and its descendants: ZeRO-sharded dual encoders on streaming shards.",
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 app.add_typer(data_app, name="data")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -110,23 +110,6 @@ def show_config(
         typer.echo(json_schema())
     else:
         typer.echo(to_yaml(load_config(resolve_path(config), overrides or ()) if config else RunConfig()), nl=False)
-
-
-@data_app.command()
-def index(
-    shards: Annotated[list[str], typer.Argument(help="Tars: files, globs, brace ranges.")],
-    out: Annotated[Path, typer.Option(help="Manifest to write.")] = Path("manifest.json"),
-) -> None:
-    """Count the samples of shards into a manifest, for shards without img2dataset's stats files."""
-    from rich.progress import track
-
-    from scaleclip.data.manifest import expand_shards, load_manifest, write_manifest
-
-    paths = expand_shards(shards)
-    for shard in write_manifest(track(paths, "indexing"), out):
-        typer.echo(f"warning: {shard} is cut off: only its whole samples are counted", err=True)
-    num_samples = load_manifest(shards, str(out)).num_samples
-    typer.echo(f"{out}: {num_samples:,} samples in {len(paths):,} shards; set data.manifest={out}")
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ A model preset (`model: ViT-B/32`) lies below every other value of the `model` s
 """
 
 import difflib
+import fnmatch
 import importlib.resources
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_weights(value: Any) -> Any:
+    value = _as_list(value)
+    return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+
+
 StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
@@ -40,11 +47,82 @@ class RunSection(Section):
     """Seed of initialisation, sample order, caption choice, augmentation and dropout."""
 
 
-class DataConfig(Section):
+class SourceConfig(Section):
+    """One data set; `data.sources` mixes several."""
+
     shards: StringList = ()
-    """Tar shards: files, globs or brace ranges (`/data/{00000..41455}.tar`); `package:` starts inside the installed package."""
+    """Tar shards, or the `index.json` of MosaicML MDS folders: paths, globs, brace ranges (`/data/{00000..41455}.tar`),
+    `s3://`, `gs://`, `https://`; `package:` starts inside the installed package."""
     manifest: str | None = None
-    """Manifest with the samples of every shard (`scaleclip data index`); without one, the `*_stats.json` beside each shard."""
+    """Folder that `scaleclip data index` or `scaleclip data subset` wrote: the samples of every shard and where each lies.
+    Without one, tars are counted by the `*_stats.json` beside each (img2dataset) and indexed at first touch."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of a batch, relative to the other sources' weights; none: each source's number of samples."""
+    image: StringList = ("jpg", "jpeg", "png", "webp")
+    """Members (file extensions of a tar, columns of MDS) that may hold the image; the first that is there is used."""
+    texts: Mapping[str, str] = Field(default_factory=lambda: {"caption": "txt"})
+    """Where each named text lies: `txt` (a member), `json:a.b` (a field of the JSON member; `json:new.0` picks from a list) or
+    `recap:re_caption` (column `re_caption` of the sidecar `recap`)."""
+    sidecars: Mapping[str, str] = Field(default_factory=dict)
+    """Folders that `scaleclip data sidecar` wrote: texts joined to samples by key, a file a shard."""
+    concept: str | None = None
+    """Where the string lies whose equal values mark pairs of the same concept: a member or a field of the JSON, as in `texts`
+    (see `loss.duplicates`)."""
+
+
+class TextSourceConfig(Section):
+    """Pairs or triplets of texts, for text-text objectives (Jina-CLIP, arXiv:2405.20204)."""
+
+    files: StringList = ()
+    """JSON lines, Parquet files or the `index.json` of MDS folders: paths, globs, brace ranges, URLs."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the text batches, relative to the other sources' weights; none: each source's number of rows."""
+    query: str = "query"
+    """Column of the first text."""
+    positive: str = "positive"
+    """Column of the text that belongs to it."""
+    negatives: StringList = ()
+    """Columns of texts that do not, each a text or a list of them; none: pairs."""
+
+
+class ViewConfig(Section):
+    """How one text of a sample is chosen; every view is a text of its own to the objective."""
+
+    texts: Annotated[Mapping[str, Annotated[float, Field(ge=0)]], BeforeValidator(_as_weights)] = Field(
+        default_factory=lambda: {"caption": 1.0}
+    )
+    """Names of the texts to draw from, as a list (LaCLIP: uniformly) or with weights (Recap-CLIP:
+    `{caption: 0.8, recap: 0.2}`). A text that is missing or blank is left out of the draw."""
+    fallback: str | None = None
+    """Text used, whole, where the drawn one has fewer than `min_words` words or none is there; none: the sample is invalid."""
+    min_words: int = Field(default=1, ge=1)
+    """Fewest words of a drawn text (LaCLIP: 2 with fallback `caption`)."""
+    part: Literal["whole", "sentence"] = "whole"
+    """The whole text, or one sentence of it drawn uniformly (CLIPS)."""
+    max_tokens: int | None = Field(default=None, ge=3)
+    """Token budget, the start and end tokens included; none: `model.text.context_length`."""
+    keep: Literal["first", "random", "block"] = "first"
+    """Which tokens of a longer text are kept: the first, a random choice in their order, or a random block (CLIPS)."""
+
+
+class CacheConfig(Section):
+    folder: str = "~/.cache/scaleclip/shards"
+    """Local folder for copies of remote shards and for indexes made at first touch; all ranks of a node share it."""
+    limit_gib: float = Field(default=200.0, gt=0)
+    """Size in GiB that the copies may take together; the least recently used go first."""
+    attempts: int = Field(default=5, ge=1)
+    """Tries to fetch a shard, with growing pauses, before its samples count as invalid."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds without a byte after which a try to fetch is given up."""
+
+
+class DataConfig(Section):
+    sources: Mapping[str, SourceConfig] = Field(default_factory=dict)
+    """Data sets by name. Several are mixed by a fixed quota of every global batch."""
+    views: Annotated[tuple[ViewConfig, ...], Field(min_length=1)] = (ViewConfig(),)
+    """Texts of a sample that enter a batch, each chosen by a policy of its own."""
+    cache: CacheConfig = CacheConfig()
+    """Local copies of remote shards."""
     canonical_streams: int = Field(default=128, ge=1)
     """Contiguous ranges that an epoch is cut into; divides `train.global_batch`. Fixed for the life of a run."""
     shuffle_shards: int = Field(default=4, ge=1)
@@ -53,18 +131,15 @@ class DataConfig(Section):
     """Loader processes a rank; 0 reads in the training process."""
     prefetch_batches: int = Field(default=2, ge=1)
     """Batches that each loader process prepares ahead."""
-    texts: StringList = ("caption",)
-    """Names of the texts that a sample's caption is drawn from, uniformly: `caption` (the .txt member) or a key of the
-    .json member's `captions`. A text that is missing or empty is left out of the draw."""
-    concept_field: str | None = None
-    """Field of the .json member whose equal values mark pairs of the same concept (see `loss.duplicates`)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """Smallest and largest aspect ratio of a training crop before it is resized to a square."""
     flip_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of training images mirrored left to right."""
-    max_invalid_fraction: float = Field(default=0.1, ge=0, le=1)
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Height x width above which an image counts as a decompression bomb and is not decoded."""
+    max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """The run stops when more than this share of the samples since its start could not be used."""
 
 
@@ -121,7 +196,7 @@ class LossConfig(Section):
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax`: CLIP's symmetric InfoNCE; `sigmoid`: SigLIP's pairwise loss, which needs `model.init_logit_bias`."""
     duplicates: Literal["negative", "ignore", "positive"] = "negative"
-    """Pairs of one concept (`data.concept_field`) in a batch: negatives as in CLIP, left out, or further positives."""
+    """Pairs of one concept (`data.sources.NAME.concept`) in a batch: negatives as in CLIP, left out, or further positives."""
     schedule: Literal["auto", "ring", "gather"] = "auto"
     """How features meet across ranks: passed round a ring, or gathered a chunk at a time; `auto`: the ring up to 64 ranks."""
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -217,11 +292,13 @@ class RunConfig(Section):
 FREE_ON_RESUME = (
     "run.folder",
     # the manifest's fingerprint says whether these are the same shards in another place
-    "data.shards",
-    "data.manifest",
+    "data.sources.*.shards",
+    "data.sources.*.manifest",
+    "data.sources.*.sidecars",
+    "data.cache",
     "data.workers",
     "data.prefetch_batches",
-    "data.max_invalid_fraction",
+    "data.max_bad_fraction",
     "checkpoint",
     "metrics",
     "eval",
@@ -287,8 +364,7 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]
     """(key, old value, new value) wherever two configurations differ in what decides the training itself."""
     left, right = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     keys = sorted(left.keys() | right.keys())
-    free = tuple(f"{key}." for key in FREE_ON_RESUME)
-    return [(k, left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k) and not f"{k}.".startswith(free)]
+    return [(k, left.get(k), right.get(k)) for k in keys if left.get(k) != right.get(k) and not _is_free(k)]
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -297,10 +373,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     Rules that need the towers or the shards are checked where these are built, with the same kind of error.
     """
     train, data, optim = config.train, config.data, config.optim
-    if not data.shards:
-        raise ConfigError("data.shards is empty: name at least one tar shard, glob or brace range")
-    if not data.texts:
-        raise ConfigError("data.texts is empty: name at least one text, for example data.texts=caption")
+    _validate_sources(data)
     if not train.samples:
         raise ConfigError("train.samples is not set: say how many pairs to train on, for example train.samples=12_800_000_000")
     if train.global_batch % data.canonical_streams:
@@ -325,9 +398,22 @@ def validate(config: RunConfig, world_size: int) -> None:
             raise ConfigError(f"{key}={list(bounds)}: both must be positive, the first not above the second")
     if data.crop_scale[1] > 1:
         raise ConfigError(f"data.crop_scale={list(data.crop_scale)}: a crop cannot cover more than the image (1.0)")
-    if config.loss.duplicates != "negative" and data.concept_field is None:
+    if config.loss.duplicates != "negative" and all(source.concept is None for source in data.sources.values()):
         raise ConfigError(
-            f"loss.duplicates={config.loss.duplicates} needs data.concept_field: without it every pair is a concept of its own"
+            f"loss.duplicates={config.loss.duplicates} needs data.sources.NAME.concept: without it every pair is a concept of "
+            f"its own"
+        )
+    for number, view in enumerate(data.views):
+        if (view.max_tokens or 0) > config.model.text.context_length:
+            raise ConfigError(
+                f"data.views[{number}].max_tokens={view.max_tokens} is above "
+                f"model.text.context_length={config.model.text.context_length}"
+            )
+    widest = max(view.max_tokens or config.model.text.context_length for view in data.views)
+    if config.model.text.type == "siglip_text_model" and widest < config.model.text.context_length:
+        raise ConfigError(
+            f"data.views.max_tokens={widest} is below model.text.context_length={config.model.text.context_length}, and "
+            f"siglip_text_model reads its last token: set model.text.context_length={widest}"
         )
     if config.loss.backend == "reference" and world_size > 1:
         raise ConfigError(
@@ -342,6 +428,35 @@ def validate(config: RunConfig, world_size: int) -> None:
             f"model.init_logit_scale={config.model.init_logit_scale} is above "
             f"model.max_logit_scale={config.model.max_logit_scale}"
         )
+
+
+def _validate_sources(data: DataConfig) -> None:
+    if not data.sources:
+        raise ConfigError(
+            "data.sources is empty: name a data set and its shards, for example "
+            "data.sources.mine.shards=/data/{00000..00099}.tar"
+        )
+    for name, source in data.sources.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"data.sources: {name!r} is no name: use letters, digits, _ and -")
+        if not source.shards:
+            raise ConfigError(f"data.sources.{name}.shards is empty: name at least one tar, glob or brace range")
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        other = next(name for name in data.sources if name not in weighted)
+        raise ConfigError(
+            f"data.sources.{weighted[0]}.weight is set and data.sources.{other}.weight is not: give every source a weight, or "
+            f"none"
+        )
+    for number, view in enumerate(data.views):
+        for text in [*view.texts, *([view.fallback] if view.fallback else [])]:
+            if not any(text in source.texts for source in data.sources.values()):
+                raise ConfigError(
+                    f"data.views[{number}] draws from the text {text!r}, which no source has: say where it lies in "
+                    f"data.sources.NAME.texts.{text}"
+                )
+        if not any(view.texts.values()):
+            raise ConfigError(f"data.views[{number}].texts={dict(view.texts)}: at least one weight must be above 0")
 
 
 def resolve_path(path: str) -> str:
@@ -423,6 +538,10 @@ def _number(tree: Any) -> Any:
         except ValueError:
             return tree
     return tree
+
+
+def _is_free(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, free) or fnmatch.fnmatchcase(key, f"{free}.*") for free in FREE_ON_RESUME)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

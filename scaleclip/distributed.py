@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,6 +129,12 @@ def _ranks() -> tuple[int, int, int]:
             f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start ranks with torchrun or srun, or unset RANK"
         )
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+
+
+def ranks_on_this_node() -> int:
+    """Ranks that share this machine. All ranks call."""
+    hosts = gather_objects(socket.gethostname())
+    return hosts.count(socket.gethostname())
 
 
 def _first_host(nodes: str) -> str:

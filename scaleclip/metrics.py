@@ -23,6 +23,8 @@ from scaleclip.run_folder import wandb_id
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets.
 _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "MI300X": 1307}
+# Above this share of waiting the progress line names the loader's slowest stage.
+_SLOW_DATA = 0.1
 
 
 class Row(NamedTuple):
@@ -50,10 +52,18 @@ class Row(NamedTuple):
     """`tflops` as a share of the device's bf16 peak; null where that is unknown."""
     data_wait: float
     """Share of the time since the row before in which rank 0 waited for its next batch."""
+    loader: dict[str, float]
+    """Share of the loaders' time by stage since the row before, all ranks: what they wait for."""
+    mix: dict[str, float]
+    """Realised share of each source (`source/NAME`) and of each text in its view (`text/VIEW/NAME`) since the row before."""
+    cache: dict[str, int]
+    """Remote shards since the row before, all ranks: downloads, downloaded_bytes, retries, evictions."""
+    lost_workers: int
+    """Loader processes that died and were replaced since this start, all ranks."""
     memory_gib: float
     """Peak memory of rank 0: allocated on the GPU, or resident without one."""
     invalid: dict[str, int]
-    """Samples that could not be used since the run's start, by cause."""
+    """Samples that could not be used since the run's start, by source and cause."""
     world_size: int
     """Ranks."""
     train_s: float
@@ -96,6 +106,8 @@ class Metrics:
         invalid = sum(row.invalid.values())
         news = f"loss {row.loss:.3f}  {row.pairs_per_s:,.0f} pairs/s  scale {row.logit_scale:.1f}"
         news += f"  data wait {row.data_wait:.0%}"
+        if row.data_wait > _SLOW_DATA and row.loader:
+            news += f" ({max(row.loader, key=lambda stage: row.loader[stage])})"
         news += f"  invalid {invalid}" if invalid else ""
         self._progress.update(self._task, news=news)
         if not self._console.is_terminal:

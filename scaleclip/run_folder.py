@@ -140,7 +140,7 @@ def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) 
     starts: list[dict[str, Any]] = json.loads((folder / "provenance.json").read_text())["starts"]
     if starts[0]["manifest"] != manifest_fingerprint:
         raise ConfigError(
-            f"run.folder={folder} was trained on other shards: the names or sample counts of data.shards have changed since; "
+            f"run.folder={folder} was trained on other shards: the names or sample counts of data.sources have changed since; "
             f"restore them to go on, or name another run.folder"
         )
     return starts

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from scaleclip import checkpoint, distributed
 from scaleclip.checkpoint import TrainState
 from scaleclip.config import RunConfig, validate
-from scaleclip.data.loader import Batch, TrainDataset, train_batches
-from scaleclip.data.manifest import Manifest, load_manifest
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.order import hash64
+from scaleclip.data.source import Source, fingerprint, open_sources
+from scaleclip.data.tally import Quarantine, Tally, merge
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.distributed import World
 from scaleclip.engine import build_engine, clip_gradients
@@ -47,18 +49,19 @@ def train(config: RunConfig) -> Path:
     world = distributed.init()
     validate(config, world.size)
     with distributed.all_or_none():
-        manifest = load_manifest(config.data.shards, config.data.manifest)
+        cache = ShardCache(config.data.cache)
+        sources = open_sources(config.data.sources, cache)
         splits = open_splits(config.eval.splits)
         tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
         check_tokenizer(config.model.text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
-        dataset = TrainDataset(config, manifest, tokenizer, world.rank, world.size)
-    _check_same_shards(manifest)
+        dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size)
+    _check_same_shards(sources)
 
     folder = Path(config.run.folder)
     with distributed.all_or_none():
         check_runs_on(world.device, config.loss)
         gemm = fp32_library(world.device, config.model.embed_dim)
-        held = open_run(config, world.size, manifest.fingerprint, gemm) if world.is_main else None
+        held = open_run(config, world.size, fingerprint(sources), gemm) if world.is_main else None
     start, finished = distributed.gather_objects((start_name(), finished_step(folder) == config.train.steps))[0]
     log = log_to(folder, world.rank, start)
     if finished:
@@ -66,11 +69,13 @@ def train(config: RunConfig) -> Path:
         distributed.shutdown()
         return folder
     share = -(-config.train.global_batch // world.size)
-    log.info(
-        f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards; global batch {config.train.global_batch:,} = "
-        f"{world.size} x {share:,} pairs; {config.train.steps:,} steps = "
-        f"{config.train.samples / manifest.num_samples:.1f} epochs"
-    )
+    for source in sources:
+        quota = dataset.quota(source.name)
+        log.info(
+            f"{source.name}: {source.manifest.num_samples:,} samples in {len(source.manifest.shards):,} shards; {quota:,} of "
+            f"every global batch; {config.train.steps * quota / source.manifest.num_samples:.1f} epochs"
+        )
+    log.info(f"global batch {config.train.global_batch:,} = {world.size} x {share:,} pairs; {config.train.steps:,} steps")
 
     torch.manual_seed(config.run.seed)
     model = DualEncoder(config.model)
@@ -84,22 +89,25 @@ def train(config: RunConfig) -> Path:
 
     steps = config.train.steps
     # loader processes first: a fork must not copy the locks of the progress bar's and wandb's threads
-    batches = train_batches(dataset, state.step, steps, config, pin_memory=world.device.type == "cuda")
+    local_ranks, pin_memory = distributed.ranks_on_this_node(), world.device.type == "cuda"
+    batches = TrainBatches(dataset, state.step, steps, config.data, pin_memory=pin_memory, local_ranks=local_ranks)
     metrics: Metrics | None = None
     with distributed.all_or_none():
         if world.is_main:
             metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
     peak = peak_tflops(world.device)
-    faults: Counter[str] = Counter()
+    tally, quarantine = Tally(), Quarantine(folder if world.is_main else None)
+    samples_an_epoch = sum(source.manifest.num_samples for source in sources)
     interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
     model.train()
     stop = StopSignal()
     try:
         while state.step < steps:
-            wait_start = time.perf_counter()
-            batch: Batch = next(batches)
-            wait_s += time.perf_counter() - wait_start
-            faults.update(batch.faults)
+            asked_s = time.monotonic()
+            batch = next(batches)
+            received_s = time.monotonic()
+            wait_s += received_s - asked_s
+            tally.add(batch, asked_s, received_s)
 
             lr = learning_rate(state.step, config.optim, config.train)
             set_learning_rate(engine.optimizer, lr)
@@ -124,8 +132,12 @@ def train(config: RunConfig) -> Path:
                 loss_now = loss.item()
                 interval_s = time.perf_counter() - interval_start
                 state.train_s += interval_s
-                signals = _exchange(faults, stop, state)
-                _check_health(loss_now, grad_norm.item(), state, config)
+                tally.lost_workers = batches.lost_workers
+                tally.cache.update(cache.take_counts())
+                signals, tally = _exchange(tally, stop, state)
+                with distributed.all_or_none():
+                    quarantine.add(tally.faults)
+                _check_health(loss_now, grad_norm.item(), state, config, quarantine)
                 tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
                 with distributed.all_or_none():
                     if metrics:
@@ -133,7 +145,7 @@ def train(config: RunConfig) -> Path:
                             Row(
                                 step=state.step,
                                 samples=state.samples,
-                                epoch=state.samples / manifest.num_samples,
+                                epoch=state.samples / samples_an_epoch,
                                 loss=loss_now,
                                 lr=lr,
                                 logit_scale=features.logit_scale.item(),
@@ -142,6 +154,10 @@ def train(config: RunConfig) -> Path:
                                 tflops=tflops,
                                 mfu=None if peak is None else tflops / peak,
                                 data_wait=wait_s / interval_s,
+                                loader=tally.shares(),
+                                mix=tally.mix(),
+                                cache=dict(tally.cache),
+                                lost_workers=tally.lost_workers,
                                 memory_gib=peak_memory_gib(world.device),
                                 invalid=state.faults,
                                 world_size=world.size,
@@ -155,7 +171,7 @@ def train(config: RunConfig) -> Path:
                 with distributed.all_or_none():
                     if evaluate_now and metrics:
                         metrics.write_figures(state.step, evaluate(model, tokenizer, splits, config))
-                interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
+                interval_start, wait_s, logged_step, tally = time.perf_counter(), 0.0, state.step, Tally()
         with distributed.all_or_none():
             if metrics:
                 figures = evaluate(model, tokenizer, splits, config)
@@ -163,6 +179,7 @@ def train(config: RunConfig) -> Path:
                 # the last thing that a run writes
                 write_results(folder, state.step, figures)
     finally:
+        batches.close()
         if metrics:
             metrics.close()
         if held:
@@ -171,14 +188,15 @@ def train(config: RunConfig) -> Path:
     return folder
 
 
-def _check_same_shards(manifest: Manifest) -> None:
-    fingerprints = distributed.gather_objects(manifest.fingerprint)
-    strange = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
-    if strange:
-        raise ConfigError(
-            f"data.shards names other shards, or other sample counts, on ranks {strange} than on rank 0: "
-            f"let all nodes see the same files"
-        )
+def _check_same_shards(sources: Sequence[Source]) -> None:
+    prints = distributed.gather_objects([source.manifest.fingerprint for source in sources])
+    for number, source in enumerate(sources):
+        strange = [rank for rank, found in enumerate(prints) if found[number] != prints[0][number]]
+        if strange:
+            raise ConfigError(
+                f"data.sources.{source.name} names other shards, or other sample counts, on ranks {strange} than on rank 0: "
+                f"let all nodes see the same files"
+            )
 
 
 def _to_device(part: Tensor | tuple[Tensor, ...], world: World) -> Any:
@@ -187,17 +205,17 @@ def _to_device(part: Tensor | tuple[Tensor, ...], world: World) -> Any:
     return part.to(world.device, non_blocking=True)
 
 
-def _exchange(faults: Counter[str], stop: StopSignal, state: TrainState) -> int:
-    """Add every rank's faults since the last exchange to `state`; the number of a stop signal that any rank got, or 0."""
-    every = distributed.gather_objects((dict(faults), stop.received))
-    faults.clear()
-    for counted, _ in every:
-        for cause, number in counted.items():
-            state.faults[cause] = state.faults.get(cause, 0) + number
-    return max(int(received) for _, received in every)
+def _exchange(tally: Tally, stop: StopSignal, state: TrainState) -> tuple[int, Tally]:
+    """The number of a stop signal that any rank got, or 0, and all ranks' tally, whose faults are added to `state`."""
+    every = distributed.gather_objects((tally, stop.received))
+    whole = merge(tally for tally, _ in every)
+    for fault in whole.faults:
+        name = f"{fault.source}/{fault.cause}"
+        state.faults[name] = state.faults.get(name, 0) + 1
+    return max(int(received) for _, received in every), whole
 
 
-def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig) -> None:
+def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig, quarantine: Quarantine) -> None:
     """Raise, on every rank alike, when going on would waste the run or save what is spoilt."""
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise RunError(
@@ -206,8 +224,10 @@ def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunC
             f"optim.lr, a longer optim.warmup_samples or train.precision=fp32"
         )
     bad = sum(state.faults.values())
-    if bad > config.data.max_invalid_fraction * state.samples:
+    if bad > config.data.max_bad_fraction * state.samples:
         raise RunError(
             f"{bad:,} of {state.samples:,} samples could not be used ({state.faults}), more than "
-            f"data.max_invalid_fraction={config.data.max_invalid_fraction}: mend the shards or raise the limit"
+            f"data.max_bad_fraction={config.data.max_bad_fraction}; the worst shards: {quarantine.worst()}. Mend or replace "
+            f"them, leave out what quarantine.jsonl in {config.run.folder} lists (`scaleclip data subset --drop`), or raise "
+            f"the limit"
         )

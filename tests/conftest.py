@@ -26,7 +26,12 @@ def write_tiny_config(folder: Path, shards: Path) -> Path:
     """A configuration of a tiny model that trains on `shards` in seconds."""
     tree = {
         "run": {"folder": str(folder / "run")},
-        "data": {"shards": [f"{shards}/*.tar"], "canonical_streams": 2, "workers": 0, "concept_field": "concept"},
+        "data": {
+            "sources": {"tiny": {"shards": [f"{shards}/*.tar"], "concept": "json:concept"}},
+            "cache": {"folder": str(folder / "cache")},
+            "canonical_streams": 2,
+            "workers": 0,
+        },
         "model": {"preset": "tiny"},
         "loss": {"duplicates": "ignore"},
         "optim": {"lr": 1e-3, "warmup_samples": 8},

@@ -124,9 +124,7 @@ class Inputs:
             return TRITON_DRAWS
         return min(max(MIN_DRAWS, 200 // max(self.num_pairs, 1)), MAX_DRAWS)
 
-    def errors(
-        self, *, compute_dtype: torch.dtype | None = None, num_draws: int | None = None, **options: Any
-    ) -> list[Errors]:
+    def errors(self, *, compute_dtype: torch.dtype | None = None, num_draws: int | None = None, **options: Any) -> list[Errors]:
         """Of the backend and of plain torch, against fp64 arithmetic on the features as the compute dtype rounds them."""
         function, scalars = LOSSES[self.loss], (self.scale, self.bias)
         sums = torch.zeros(len(Result._fields), 3, dtype=torch.float64)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from runs import run
+from runs import finish, run, start
 
 HEAVY = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "matplotlib")
 
@@ -33,13 +33,57 @@ def test_help_answers_in_half_a_cpu_second():
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("demo",), ("eval",), ("plot",), ("config",), ("data",), ("data", "index")]
+    "command",
+    [
+        (),
+        ("train",),
+        ("demo",),
+        ("eval",),
+        ("plot",),
+        ("config",),
+        ("data",),
+        *(("data", name) for name in ("index", "subset", "convert", "sidecar")),
+    ],
 )
 def test_every_command_has_help(command):
     assert "--help" in run(*command, "--help")
 
 
-def test_data_index_writes_a_manifest(shards, tmp_path):
-    out = tmp_path / "manifest.json"
-    assert "32 samples in 4 shards" in " ".join(run("data", "index", f"{shards}/*.tar", "--out", out).split())
-    assert json.loads(out.read_text())["counts"] == {"00000.tar": 9, "00001.tar": 4, "00002.tar": 12, "00003.tar": 7}
+def said(*arguments):
+    """A command's output on one line."""
+    return " ".join(run(*arguments).split())
+
+
+def test_data_index_and_subset_write_manifests(shards, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert "32 samples in 4 shards" in said("data", "index", f"{shards}/*.tar", "--out", whole)
+    where = ("--where", "concept = 'c1'", "--manifest", whole)
+    assert f"{part}: 7 of 32 samples" in said("data", "subset", f"{shards}/*.tar", "--out", part, *where)
+
+
+def test_data_convert_goes_both_ways(shards, tmp_path):
+    mds, tars = tmp_path / "mds", tmp_path / "tars"
+    assert "32 samples" in said("data", "convert", f"{shards}/*.tar", "--out", mds, "--compression", "zstd")
+    assert "32 samples" in said("data", "convert", f"{mds}/index.json", "--out", tars)
+    assert len(list(tars.glob("*.tar"))) == 4
+
+
+def test_data_sidecar_joins_texts(shards, tmp_path):
+    table, out = tmp_path / "recap.jsonl", tmp_path / "recap"
+    table.write_text("".join(json.dumps({"key": f"{i:09d}", "text": f"new {i}"}) + "\n" for i in range(0, 40, 2)))
+    options = ("--table", table, "--column", "text", "--out", out)
+    assert "16 of 32 samples have texts; 4 of 20 rows name no sample" in said("data", "sidecar", f"{shards}/*.tar", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("index", "none.tar"), "TARS: no shards match 'none.tar'"),
+        (("subset", "none.tar", "--out", "x"), "say what to choose by: --keep, --drop or --where"),
+        (("convert", "none.tar", "--out", "x"), "SHARDS: no shards match 'none.tar'"),
+    ],
+)
+def test_data_commands_say_what_is_wrong(arguments, message):
+    code, output = finish(start("data", *arguments))
+    assert code == 2
+    assert message in output

@@ -11,6 +11,7 @@ import yaml
 from scaleclip.config import (
     FREE_ON_RESUME,
     RunConfig,
+    SourceConfig,
     differing_keys,
     json_schema,
     known_keys,
@@ -47,7 +48,7 @@ def test_every_preset_is_valid(write, name):
 
 
 def test_precedence(write):
-    write("grandparent.yaml", "optim: {lr: 1.0, eps: 0.5, weight_decay: 3}\ndata: {shards: a.tar}")
+    write("grandparent.yaml", "optim: {lr: 1.0, eps: 0.5, weight_decay: 3}\ndata: {sources: {a: {shards: a.tar}}}")
     write("parent.yaml", "extends: grandparent.yaml\noptim: {lr: 2.0, eps: 0.25}")
     child = write("child.yaml", "extends: parent.yaml\noptim: {lr: 3.0}")
     config = load_config(child, ["optim.lr=1e-3"])
@@ -55,7 +56,7 @@ def test_precedence(write):
     assert config.optim.eps == 0.25
     assert config.optim.weight_decay == 3
     assert config.optim.betas == RunConfig().optim.betas
-    assert config.data.shards == ("a.tar",)
+    assert config.data.sources["a"].shards == ("a.tar",)
 
 
 def test_a_preset_lies_below_the_rest_of_its_section(write):
@@ -103,14 +104,13 @@ def test_every_fault_has_its_line():
     ("overrides", "message"),
     [
         (["train.global_batch=100"], "train.global_batch=100 is not a multiple of data.canonical_streams=16"),
-        (["data.shards=[]"], "data.shards is empty"),
-        (["data.texts=[]"], "data.texts is empty"),
+        (["data.sources.demo.shards=[]"], "data.sources.demo.shards is empty"),
         (["optim.final_lr=1.0"], "optim.final_lr=1.0 is above the peak"),
         (["train.samples=256", "optim.warmup_samples=512"], "optim.warmup_samples=512 is more than train.samples=256"),
         (["data.crop_scale=[0.9, 0.2]"], "data.crop_scale=[0.9, 0.2]"),
         (["data.crop_scale=[0.9, 1.2]"], "a crop cannot cover more than the image"),
         (["data.crop_ratio=[0, 1]"], "data.crop_ratio=[0.0, 1.0]"),
-        (["data.concept_field=null", "loss.duplicates=ignore"], "loss.duplicates=ignore needs data.concept_field"),
+        (["data.sources.demo.concept=null"], "loss.duplicates=positive needs data.sources.NAME.concept"),
         (["loss.kind=sigmoid"], "loss.kind=sigmoid needs model.init_logit_bias"),
         (["model.init_logit_bias=-10"], "model.init_logit_bias is set, but a softmax loss"),
         (["model.init_logit_scale=200"], "model.init_logit_scale=200.0 is above model.max_logit_scale=100.0"),
@@ -171,7 +171,50 @@ def test_differing_keys_are_those_that_decide_the_training():
     changes = ["optim.lr=0.5", "data.workers=7", "metrics.wandb=offline", "run.folder=x"]
     new = load_config(ROOT / "configs" / "demo.yaml", changes)
     assert differing_keys(old, new) == [("optim.lr", old.optim.lr, 0.5)]
-    assert all(any(key == free or key.startswith(f"{free}.") for key in known_keys()) for free in FREE_ON_RESUME)
+    known = [*known_keys(), *(f"data.sources.*.{field}" for field in SourceConfig.model_fields)]
+    assert all(any(key == free or key.startswith(f"{free}.") for key in known) for free in FREE_ON_RESUME)
+
+
+def test_a_source_may_move_but_not_change_its_part_of_a_batch():
+    old = load_config(ROOT / "configs" / "demo.yaml")
+    moved = ["data.sources.demo.shards=s3://b/*.tar", "data.sources.demo.manifest=m", "data.cache.limit_gib=1"]
+    assert differing_keys(old, load_config(ROOT / "configs" / "demo.yaml", moved)) == []
+    heavier = load_config(ROOT / "configs" / "demo.yaml", ["data.sources.demo.weight=2"])
+    assert [key for key, _, _ in differing_keys(old, heavier)] == ["data.sources.demo.weight"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "data.sources is empty"),
+        ({"sources": {"a b": {"shards": "x.tar"}}}, "data.sources: 'a b' is no name"),
+        (
+            {"sources": {"a": {"shards": "x.tar", "weight": 1}, "b": {"shards": "y.tar"}}},
+            "data.sources.a.weight is set and data.sources.b.weight is not",
+        ),
+        (
+            {"sources": {"a": {"shards": "x.tar"}}, "views": [{"texts": ["recap"]}]},
+            "data.views[0] draws from the text 'recap', which no source has",
+        ),
+        (
+            {"sources": {"a": {"shards": "x.tar"}}, "views": [{"fallback": "recap"}]},
+            "data.views[0] draws from the text 'recap', which no source has",
+        ),
+        (
+            {"sources": {"a": {"shards": "x.tar"}}, "views": [{"texts": {"caption": 0}}]},
+            "at least one weight must be above 0",
+        ),
+        (
+            {"sources": {"a": {"shards": "x.tar"}}, "views": [{"max_tokens": 99}]},
+            "data.views[0].max_tokens=99 is above model.text.context_length=77",
+        ),
+    ],
+)
+def test_rules_of_sources_and_views(data, message):
+    config = parse_config({"data": data, "train": {"samples": 100_000}})
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=1)
+    assert message in str(caught.value)
 
 
 def test_every_field_says_what_it_is():

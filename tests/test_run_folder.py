@@ -42,7 +42,7 @@ def test_other_data_are_refused(config):
 
 def test_moved_data_are_the_same_run(config, tiny_config):
     open_run(config, 1, "digest", "default").close()
-    open_run(load_config(tiny_config, ["data.shards=/elsewhere/*.tar"]), 1, "digest", "default").close()
+    open_run(load_config(tiny_config, ["data.sources.tiny.shards=/elsewhere/*.tar"]), 1, "digest", "default").close()
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(config, tmp_path):

@@ -1,96 +1,91 @@
-"""Where each sample's bytes lie in a tar, so that any sample can be read without what stands before it."""
+"""Where each sample lies in a tar, so that any sample can be read without what stands before it.
 
-import tarfile
-from collections.abc import Iterator
+Stored as a .npz of the samples' first blocks, 4 bytes a sample, and their keys. A sample's files follow each other, so one
+read fetches them all, and their names and sizes come with them.
+"""
+
+import io
+import mmap
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scaleclip.data.tar import BLOCK, TarDamage, split_name, walk
 
-class Member(NamedTuple):
-    """One file of a sample: bytes `offset` to `offset + size` of the tar."""
-
-    offset: int
-    size: int
+_SEPARATOR = "\0"  # the one character that no name in a tar holds
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The complete samples of a tar, in its order, in about 50 bytes each."""
+    """The complete samples of a tar, in its order."""
 
-    keys: NDArray[np.bytes_]
-    """[S] key of each sample: the path up to the first dot of the base name."""
-    first_S1: NDArray[np.int32]
-    """[S + 1] number of each sample's first file, and the number of files."""
-    extension_F: NDArray[np.uint8]
-    """[F] number of each file's extension."""
-    offset_F: NDArray[np.int64]
-    """[F] where each file's bytes begin."""
-    size_F: NDArray[np.int64]
-    """[F] how many they are."""
-    extensions: tuple[str, ...]
-    """Extensions by number."""
+    block_S1: NDArray[np.uint32]
+    """[S + 1] block of 512 bytes at which each sample begins, and at which the last one ends."""
+    keys: tuple[str, ...]
+    """[S] key of each sample; a tar may hold one twice."""
     truncated: bool
     """The tar ends without its end mark; what stood whole before is here."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def key(self, sample: int) -> str:
-        """Key of a sample."""
-        return str(self.keys[sample].decode())
-
-    def members(self, sample: int) -> dict[str, Member]:
-        """A sample's files by extension, lower case without the leading dot."""
-        files = range(self.first_S1[sample], self.first_S1[sample + 1])
-        return {self.extensions[self.extension_F[f]]: Member(int(self.offset_F[f]), int(self.size_F[f])) for f in files}
+    def pack(self) -> bytes:
+        """The bytes of an index file."""
+        out = io.BytesIO()
+        keys = np.frombuffer(_SEPARATOR.join(self.keys).encode("utf-8", "surrogateescape"), np.uint8)
+        np.savez(out, block=self.block_S1, keys=keys, truncated=np.array(self.truncated))
+        return out.getvalue()
 
 
 def index_tar(path: str) -> TarIndex:
     """Read the headers of a tar in webdataset's layout: files of one sample follow each other and share their key.
 
+    A second file of the same key and extension begins another sample.
+
     Raises:
         OSError: the file cannot be read.
     """
+    if os.path.getsize(path) == 0:
+        return TarIndex(np.zeros(1, np.uint32), (), truncated=True)
     keys: list[str] = []
-    first: list[int] = []
-    files: list[tuple[int, int, int]] = []
-    extensions: dict[str, int] = {}
-    whole = False
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, extension, member in _files(tar):
-                if not keys or keys[-1] != key:
+    blocks: list[int] = []
+    extensions: set[str] = set()
+    end = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            for member in walk(data, whole=True):
+                key, extension = split_name(member.name)
+                if not keys or keys[-1] != key or extension in extensions:
                     keys.append(key)
-                    first.append(len(files))
-                files.append((extensions.setdefault(extension, len(extensions)), member.offset, member.size))
-            # tarfile takes a cut or broken header for the end; the real end is marked by zeros
-            file.seek(tar.offset)
-            whole = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
-    except tarfile.ReadError:
-        whole = False
+                    blocks.append(end // BLOCK)
+                    extensions = set()
+                extensions.add(extension)
+                if member.offset + member.size > len(data):
+                    raise TarDamage("the last file is cut off")
+                end = member.end
+            whole = True
+        except TarDamage:
+            whole = False
     if not whole and keys:
         # the last sample is cut off, or may lack files that would have followed
         keys.pop()
-        del files[first.pop() :]
-    columns = np.array(files, dtype=np.int64).reshape(-1, 3)
-    return TarIndex(
-        keys=np.array([key.encode() for key in keys], dtype=np.bytes_),
-        first_S1=np.array([*first, len(files)], dtype=np.int32),
-        extension_F=columns[:, 0].astype(np.uint8),
-        offset_F=columns[:, 1].copy(),
-        size_F=columns[:, 2].copy(),
-        extensions=tuple(extensions),
-        truncated=not whole,
-    )
+        end = blocks.pop() * BLOCK
+    return TarIndex(np.array([*blocks, end // BLOCK], np.uint32), tuple(keys), truncated=not whole)
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, Member]]:
-    """(key, extension, where) of every regular file."""
-    for member in tar:
-        if member.isreg():
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            yield folder + slash + stem, extension.lower(), Member(member.offset_data, member.size)
+def load_blocks(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint32], bool]:
+    """What a reader needs of an index file: `block_S1` and `truncated`."""
+    with np.load(file) as stored:
+        return stored["block"], bool(stored["truncated"])
+
+
+def load_index(file: str | Path | BinaryIO) -> TarIndex:
+    """An index file, keys included."""
+    with np.load(file) as stored:
+        text = stored["keys"].tobytes().decode("utf-8", "surrogateescape")
+        keys = tuple(text.split(_SEPARATOR)) if len(stored["block"]) > 1 else ()
+        return TarIndex(stored["block"], keys, bool(stored["truncated"]))

@@ -2,34 +2,43 @@
 
 A batch is a pure function of (config, batch number, rank, world size): loader processes hold no state, augmentation and
 caption choice are seeded by (seed, epoch, sample), so a run resumes by asking for the next number. A sample that cannot be
-used stays in its place, marked invalid, and is counted by cause.
+used stays in its place, marked invalid, and is counted by source and cause.
 """
 
 import hashlib
+import logging
 import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from scaleclip.config import RunConfig
-from scaleclip.data.captions import choose_text
-from scaleclip.data.manifest import Manifest
-from scaleclip.data.order import SampleOrder, hash64, rank_slots
+from scaleclip.config import DataConfig, RunConfig
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.captions import CaptionPolicy
+from scaleclip.data.mixture import BatchOrder, Slots, rank_slots
+from scaleclip.data.order import hash64
+from scaleclip.data.prefetch import Prefetcher
+from scaleclip.data.sample import Fault, SampleError
+from scaleclip.data.shards import is_remote
+from scaleclip.data.source import Source
 from scaleclip.data.tokenizer import Tokenizer
-from scaleclip.data.transform import cut, decode, random_crop
-from scaleclip.data.webdataset import Sample, SampleError, TarReader
+from scaleclip.data.transform import open_image, random_crop, resize
+from scaleclip.errors import RunError
 
 # what a sample's random numbers are for; the number is part of the contract with existing runs
 _AUGMENT, _PATCHES = 0, 1
-
-
 _GRACE_S = 60
+_MOST_DEATHS = 5
+_WORKER_DIED = "exited unexpectedly"  # as torch.utils.data says it
+_log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -38,7 +47,7 @@ class Batch(NamedTuple):
     pixels_BCHW: Tensor
     """uint8; zeros where invalid."""
     tokens_BT: tuple[Tensor, ...]
-    """int64, one a text view."""
+    """int64, one a view."""
     ids_B: Tensor
     """int64; equal ones mark pairs of the same concept."""
     valid_B: Tensor
@@ -47,73 +56,256 @@ class Batch(NamedTuple):
     """int64; a sample's own seed for what the model draws (patch dropout)."""
     keys: tuple[str, ...]
     """Keys of the samples; empty where invalid."""
-    faults: dict[str, int]
-    """Samples that could not be used, by cause."""
+    faults: tuple[Fault, ...]
+    """Samples that could not be used."""
+    counts: dict[str, int]
+    """Valid samples by source (`source/NAME`) and texts by view and name (`text/VIEW/NAME`)."""
+    cache: dict[str, int]
+    """What the loader process did in the cache of remote shards meanwhile (ShardCache.take_counts)."""
+    stage_s: dict[str, float]
+    """Seconds that the loader process spent in each stage."""
+    ready_s: float
+    """time.monotonic() when the loader process had it ready."""
 
 
 class TrainDataset(Dataset[Batch]):
     """Item b is a rank's share of global batch b."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, tokenizer: Tokenizer, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Sequence[Source],
+        cache: ShardCache,
+        tokenizer: Tokenizer,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self._data, self._seed, self._size = config.data, config.run.seed, config.model.image.size
-        self._manifest, self._tokenizer = manifest, tokenizer
-        self._slots = rank_slots(config.train.global_batch, rank, world_size)
-        self._read = TarReader(manifest)
-        self._order = SampleOrder(
-            np.array(manifest.counts),
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            canonical_streams=config.data.canonical_streams,
-            shuffle_shards=config.data.shuffle_shards,
-        )
+        self.sources, self.cache, self._tokenizer = sources, cache, tokenizer
+        self._share = rank_slots(config.train.global_batch, rank, world_size)
+        self._policies = [CaptionPolicy(view) for view in config.data.views]
+        self._order = order_of(config, sources)
+        sizes = [source.manifest.num_samples for source in sources]
+        self._first_of_source = np.cumsum([0, *sizes[:-1]])
+
+    @property
+    def num_streams(self) -> int:
+        """Canonical streams that the rank reads."""
+        per_stream = self._order.global_batch // self._order.canonical_streams
+        return (self._share[1] - 1) // per_stream - self._share[0] // per_stream + 1
+
+    def quota(self, source: str) -> int:
+        """Samples of a source in every global batch."""
+        return self._order.quotas[source] * self._order.canonical_streams
+
+    def slots(self, batch: int) -> Slots:
+        """Where the samples of the rank's slots lie."""
+        return self._order.slots(batch, *self._share)
+
+    def remote_shards(self, batch: int) -> list[str]:
+        """URLs of the remote shards that the rank's part of a batch needs."""
+        slots = self.slots(batch)
+        pairs = np.unique(np.stack([slots.source_N, slots.shard_N])[:, slots.source_N >= 0], axis=1)
+        shards = [self.sources[source].manifest.shards[shard] for source, shard in pairs.T]
+        return [shard for shard in shards if is_remote(shard)]
 
     def __getitem__(self, batch: int) -> Batch:
-        epoch_B, shard_B, index_B = self._order.positions(batch, *self._slots)
-        num_slots = len(shard_B)
-        sample_B = self._manifest.first_sample[shard_B] + index_B
-        augment_seed_B = hash64(self._seed, _AUGMENT, epoch_B, sample_B)
-        pixels_BCHW = torch.zeros(num_slots, 3, self._size, self._size, dtype=torch.uint8)
+        clock = _Clock()
+        slots = self.slots(batch)
+        num_slots = len(slots.source_N)
+        sample_B = self._sample_numbers(slots)
+        seed_B = hash64(self._seed, _AUGMENT, slots.epoch_N, sample_B)
+        # channels last in memory, as decoders and convolutions have them
+        pixels_BCHW = torch.zeros(num_slots, self._size, self._size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         # a pair is its own concept unless the data says otherwise
         ids_B = torch.from_numpy(sample_B.copy())
-        texts, keys, valid_B = [""] * num_slots, [""] * num_slots, torch.zeros(num_slots, dtype=torch.bool)
-        faults: Counter[str] = Counter()
-        for slot in np.flatnonzero(shard_B >= 0):
+        valid_B = torch.zeros(num_slots, dtype=torch.bool)
+        texts = [[""] * num_slots for _ in self._policies]
+        randoms = [np.random.Generator(np.random.PCG64(int(seed))) for seed in seed_B]
+        keys, faults, counts = [""] * num_slots, list[Fault](), Counter[str]()
+        for slot in np.flatnonzero(slots.source_N >= 0):
+            source, shard, index = self.sources[slots.source_N[slot]], int(slots.shard_N[slot]), int(slots.index_N[slot])
+            random = randoms[slot]
             try:
-                sample = self._read(int(shard_B[slot]), int(index_B[slot]))
-                random = np.random.Generator(np.random.PCG64(int(augment_seed_B[slot])))
-                texts[slot] = choose_text(sample.texts, self._data.texts, random.random())
-                image = decode(sample.image)
-                height, width = image.shape[1:]
-                pixels_BCHW[slot] = cut(image, random_crop(height, width, self._data, random), self._size)
-                ids_B[slot] = self._concept(sample, int(ids_B[slot]))
-                keys[slot], valid_B[slot] = sample.key, True
+                clock.lap("collate")
+                source.reader.fetch(shard)
+                clock.lap("fetch")
+                ordinal = source.manifest.ordinal(shard, index)
+                sample = source.reader(shard, ordinal)
+                clock.lap("read")
+                found = source.texts(sample, shard, ordinal)
+                chosen = [policy.choose(found, random) for policy in self._policies]
+                concept = source.texts.concept(sample)
+                clock.lap("caption")
+                picture = open_image(sample.image(source.image_members), self._data.max_pixels)
+                crop = random_crop(picture.height, picture.width, self._data, random)
+                pixels = picture.decode(crop, self._size)
+                clock.lap("decode")
+                pixels_BCHW[slot] = resize(pixels, self._size, crop.flip)
+                clock.lap("resize")
             except SampleError as error:
-                faults[error.cause] += 1
-        seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, epoch_B, sample_B).astype(np.int64))
-        return Batch(pixels_BCHW, (self._tokenizer(texts),), ids_B, valid_B, seeds_B, tuple(keys), dict(faults))
+                faults.append(Fault(source.name, source.manifest.shards[shard], index, error.cause, error.detail))
+                continue
+            keys[slot], valid_B[slot] = sample.key, True
+            if concept is not None:
+                ids_B[slot] = _concept_id(concept)
+            counts[f"source/{source.name}"] += 1
+            for view, caption in enumerate(chosen):
+                texts[view][slot] = caption.text
+                counts[f"text/{view}/{caption.name}"] += 1
+        clock.lap("collate")
+        tokens = [
+            self._tokenizer(each, max_tokens=view.max_tokens, keep=view.keep, randoms=randoms)
+            for each, view in zip(texts, self._data.views, strict=True)
+        ]
+        # the tower takes all views at once
+        widest = max(each.shape[1] for each in tokens)
+        tokens_BT = tuple(pad(each, (0, widest - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
+        clock.lap("tokenize")
+        patch_seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, slots.epoch_N, sample_B).astype(np.int64))
+        return Batch(
+            pixels_BCHW, tokens_BT, ids_B, valid_B, patch_seeds_B, tuple(keys), tuple(faults), dict(counts),
+            dict(self.cache.take_counts()), clock.spent_s, ready_s=time.monotonic(),
+        )  # fmt: skip
 
-    def _concept(self, sample: Sample, own: int) -> int:
-        field = self._data.concept_field
-        if field is None or sample.fields.get(field) is None:
-            return own
-        return _concept_id(str(sample.fields[field]))
+    def _sample_numbers(self, slots: Slots) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """A number of its own for every sample of every source; 0 for slots past the end."""
+        number = np.zeros_like(slots.source_N)
+        for position, source in enumerate(self.sources):
+            here = slots.source_N == position
+            number[here] = (
+                self._first_of_source[position] + source.manifest.first_sample[slots.shard_N[here]] + slots.index_N[here]
+            )
+        return number
 
 
-def train_batches(dataset: TrainDataset, first: int, last: int, config: RunConfig, *, pin_memory: bool) -> Iterator[Batch]:
-    """Batches `first` to `last` - 1 in order, prepared ahead by `data.workers` processes."""
-    workers = config.data.workers
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(first, last),
-            collate_fn=_as_is,
-            num_workers=workers,
-            prefetch_factor=config.data.prefetch_batches if workers else None,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-        )
+def order_of(config: RunConfig, sources: Sequence[Source]) -> BatchOrder:
+    """The order of a run's samples."""
+    return BatchOrder(
+        {source.name: source.manifest.counts for source in sources},
+        {name: source.weight for name, source in config.data.sources.items()},
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        canonical_streams=config.data.canonical_streams,
+        shuffle_shards=config.data.shuffle_shards,
     )
+
+
+class TrainBatches(Iterator[Batch]):
+    """Batches `first` to `last` - 1 in order, prepared ahead by `data.workers` processes.
+
+    A loader process that dies (a crash in a decoder, the kernel's out-of-memory killer) is replaced; nothing is lost or read
+    twice, since a batch depends on its number alone.
+
+    Args:
+        dataset: what a batch is.
+        first: number of the first batch.
+        last: number of the last batch + 1.
+        config: the section `data`.
+        pin_memory: put tensors into page-locked memory, for copies to a GPU.
+        local_ranks: ranks of this node, which share its cache.
+
+    Raises:
+        RunError: loader processes die again and again at one batch.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainDataset,
+        first: int,
+        last: int,
+        config: DataConfig,
+        *,
+        pin_memory: bool = False,
+        local_ranks: int = 1,
+    ) -> None:
+        self._dataset, self._next, self._last = dataset, first, last
+        self._config, self._pin_memory = config, pin_memory
+        self.lost_workers = 0
+        """Loader processes that died."""
+        self._deaths_in_a_row = 0
+        self._prefetcher = _prefetcher(dataset, config, local_ranks)
+        if self._prefetcher:
+            self._prefetcher.start(first, last)
+        self._batches = self._start_workers()
+
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                batch = next(self._batches)
+            except RuntimeError as error:
+                if _WORKER_DIED not in str(error):
+                    raise
+                self._replace_workers(error)
+                continue
+            except StopIteration:
+                self.close()
+                raise
+            self._deaths_in_a_row = 0
+            self._next += 1
+            if self._prefetcher:
+                self._prefetcher.at(self._next)
+            return batch
+
+    def close(self) -> None:
+        """End the processes."""
+        self._batches = iter(())
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def _start_workers(self) -> Iterator[Batch]:
+        workers = self._config.workers
+        # torch raises a worker's death wherever the training process happens to be; here it is noticed at the next batch
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(
+            DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=range(self._next, self._last),
+                collate_fn=_as_is,
+                num_workers=workers,
+                prefetch_factor=self._config.prefetch_batches if workers else None,
+                worker_init_fn=_start_worker,
+                pin_memory=self._pin_memory,
+            )
+        )
+        signal.signal(signal.SIGCHLD, handler)
+        return batches
+
+    def _replace_workers(self, error: RuntimeError) -> None:
+        self.lost_workers += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > _MOST_DEATHS:
+            raise RunError(
+                f"loader processes died {self._deaths_in_a_row} times at batch {self._next} ({error}): look for an "
+                f"out-of-memory kill in dmesg, lower data.workers or data.max_pixels, or set data.workers=0 to see where it "
+                f"dies"
+            ) from error
+        _log.warning(f"batch {self._next}: {error}; new loader processes go on from there")
+        self._batches = self._start_workers()
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.spent_s: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap to a stage."""
+        now = time.perf_counter()
+        self.spent_s[stage] = self.spent_s.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _prefetcher(dataset: TrainDataset, config: DataConfig, local_ranks: int) -> Prefetcher | None:
+    if not any(is_remote(shard) for source in dataset.sources for shard in source.manifest.shards):
+        return None
+    # a stream's next block while it reads the present one
+    most_shards = dataset.num_streams * config.shuffle_shards * len(dataset.sources)
+    most_bytes = int(config.cache.limit_gib * 2**30 / 2 / local_ranks)
+    return Prefetcher(dataset.remote_shards, dataset.cache, most_shards=most_shards, most_bytes=most_bytes)
 
 
 def _concept_id(name: str) -> int:

@@ -1,117 +1,217 @@
-"""The manifest: which shards a data set has and how many samples lie in each. Sample order needs nothing else."""
+"""The manifest: which shards a source has and how many samples lie in each. The order of samples needs nothing else.
 
-import glob
+`scaleclip data index` writes one as a folder: `manifest.parquet` with a row a shard, `index/` with where each sample lies, and
+for a subset (`scaleclip data subset`) `kept.npy` with the ordinals of the samples that it keeps.
+"""
+
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaleclip.config import resolve_path
-from scaleclip.data.index import index_tar
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.index import index_tar, load_index
+from scaleclip.data.sample import SampleError
+from scaleclip.data.shards import is_remote, read_remote
+from scaleclip.data.webdataset import index_path
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
+
+_TABLE, INDEXES, _KEPT = "manifest.parquet", "index", "kept.npy"
+_KEPT_DIGEST = b"kept"
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Shards and their sample counts, in the order that makes a shard's number."""
 
-    shards: tuple[str, ...]
-    """Paths of the tars."""
-    counts: tuple[int, ...]
-    """Samples of each."""
+    shards: Sequence[str]
+    """Path or URL of each."""
+    names: Sequence[str]
+    """What each is called wherever it lies: a tar's file name, an MDS shard's as its index has it."""
+    counts: NDArray[np.int64]
+    """[shards] samples of each; of a subset, those kept."""
+    folder: Path | None = None
+    """Where the manifest lies, with the indexes of its tars."""
+    first_kept: NDArray[np.int64] | None = None
+    """[shards] of a subset: where each shard's ordinals begin in `kept.npy`."""
+    kept_digest: str = ""
+    """Of a subset: digest of the ordinals."""
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """Samples in all shards."""
-        return sum(self.counts)
+        return int(self.counts.sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of shard names and counts: equal ones give the same order, wherever the shards lie."""
-        rows = "\n".join(f"{Path(shard).name}\t{count}" for shard, count in zip(self.shards, self.counts, strict=True))
-        return hashlib.sha256(rows.encode()).hexdigest()[:16]
+        """Digest of shard names, counts and a subset's ordinals: equal ones give the same samples, wherever the shards lie."""
+        rows = "\n".join(f"{name}\t{count}" for name, count in zip(self.names, self.counts.tolist(), strict=True))
+        return hashlib.sha256((rows + self.kept_digest).encode()).hexdigest()[:16]
 
     @cached_property
     def first_sample(self) -> NDArray[np.int64]:
         """int64 [shards]: number of each shard's first sample when all are counted through in manifest order."""
-        return np.cumsum([0, *self.counts[:-1]], dtype=np.int64)
+        return np.cumsum(self.counts) - self.counts
+
+    def ordinal(self, shard: int, index: int) -> int:
+        """Where sample `index` of those that the manifest counts in a shard stands among all that the shard holds."""
+        return index if self.first_kept is None else int(self._kept[self.first_kept[shard] + index])
+
+    @cached_property
+    def _kept(self) -> NDArray[np.uint32]:
+        assert self.folder is not None
+        # mapped: a node's processes share what they touch of it
+        kept: NDArray[np.uint32] = np.load(self.folder / _KEPT, mmap_mode="r")
+        return kept
 
 
-def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """Files that patterns (paths, globs, brace ranges, `package:`) name, sorted within a pattern, each once.
+class Counted(NamedTuple):
+    """What indexing found in a shard."""
+
+    shard: str
+    samples: int
+    truncated: bool
+    """Its end is missing; only its whole samples are counted."""
+    duplicate_keys: int
+    """Samples whose key another sample of the shard has, too."""
+    error: str
+    """Why it could not be read at all, or empty."""
+
+    def warnings(self) -> list[str]:
+        """What a user should know."""
+        said = []
+        if self.error:
+            said.append(f"cannot be read: {self.error}")
+        if self.truncated:
+            said.append("is cut off; only its whole samples are counted")
+        if self.duplicate_keys:
+            said.append(f"{self.duplicate_keys} samples have the key of another")
+        return said
+
+
+def load_manifest(key: str, folder: str, shards: Sequence[str], names: Sequence[str]) -> Manifest:
+    """The manifest of shards from its folder.
+
+    Args:
+        key: the configuration's key of the source, for errors.
+        folder: what `scaleclip data index` or `scaleclip data subset` wrote.
+        shards: path or URL of every shard.
+        names: of every shard, as in the manifest.
 
     Raises:
-        ConfigError: a pattern names no existing file.
+        ConfigError: the folder is no manifest, or lacks a shard.
     """
-    shards: dict[str, None] = {}
-    for pattern in patterns:
-        paths = [path for part in braceexpand(resolve_path(pattern)) for path in _matches(part)]
-        missing = [path for path in paths if not os.path.exists(path)]
-        if not paths or missing:
-            named = f"; {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}" if missing else ""
-            raise ConfigError(f"data.shards: no shards match {pattern!r}{named}: check the path, and that this machine sees it")
-        shards |= dict.fromkeys(sorted(paths))
-    return list(shards)
-
-
-def load_manifest(patterns: Sequence[str], manifest: str | None) -> Manifest:
-    """The manifest of `data.shards`, with counts from the file `data.manifest` or the `*_stats.json` beside each shard.
-
-    Raises:
-        ConfigError: no shard matches, a count is missing or is no number.
-    """
-    shards = expand_shards(patterns)
-    if manifest is None:
-        return Manifest(tuple(shards), tuple(_stats_count(shard) for shard in shards))
-    path = Path(resolve_path(manifest))
+    path = Path(resolve_path(folder))
     try:
-        counts = json.loads(path.read_text())["counts"]
-        return Manifest(tuple(shards), tuple(int(counts[Path(shard).name]) for shard in shards))
+        table = pq.read_table(path / _TABLE)
+        samples = table["samples"].to_numpy()
+        rows = pc.index_in(pa.array(names, pa.string()), table["shard"])
+        if rows.null_count:
+            missing = names[pc.index(rows.is_null(), True).as_py()]
+            raise ConfigError(f"{key}.manifest={folder}: has no row for {missing}: run `scaleclip data index` again")
+        rows = rows.to_numpy().astype(np.int64)
     except OSError as error:
-        raise ConfigError(f"data.manifest={manifest}: cannot be read: {error.strerror}") from None
-    except KeyError as error:
-        raise ConfigError(f"data.manifest={manifest}: has no count for {error}: run `scaleclip data index` again") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"data.manifest={manifest}: is no manifest of `scaleclip data index`: {error}") from None
+        raise ConfigError(f"{key}.manifest={folder}: cannot be read: {error.strerror or error}") from None
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise ConfigError(f"{key}.manifest={folder}: is no manifest of `scaleclip data index`: {error}") from None
+    digest = (table.schema.metadata or {}).get(_KEPT_DIGEST, b"").decode()
+    first_kept = (np.cumsum(samples) - samples)[rows] if digest else None
+    return Manifest(shards, names, samples[rows].astype(np.int64), path, first_kept, digest)
 
 
-def write_manifest(shards: Iterable[str], path: Path) -> list[str]:
-    """Count the samples of every shard by reading its headers and write the result to `path` in one step.
+def stats_counts(key: str, shards: Sequence[str]) -> NDArray[np.int64]:
+    """Samples of every tar [shards], as the `*_stats.json` beside it has them (img2dataset).
 
-    Returns the shards that are cut off; their whole samples are counted.
+    Raises:
+        ConfigError: a file is missing or has no count.
     """
-    counts: dict[str, int] = {}
-    truncated = []
-    for shard in shards:
-        name = Path(shard).name
-        if name in counts:
-            raise ConfigError(f"two shards are called {name}: a manifest names shards by their file name, so rename one")
-        index = index_tar(shard)
-        counts[name] = len(index)
-        if index.truncated:
-            truncated.append(shard)
-    write_atomic(path, json.dumps({"counts": counts}, indent=0))
-    return truncated
+    return np.array([_stats_count(key, shard) for shard in shards], np.int64)
 
 
-def _matches(path: str) -> list[str]:
-    return glob.glob(path) if glob.has_magic(path) else [path]
+def write_manifest(shards: Sequence[str], folder: Path, cache: ShardCache, workers: int) -> Iterator[Counted]:
+    """Index tars into a manifest's folder, in parallel; shards that are indexed already are not read again.
+
+    Yields what was found, a shard at a time, in the order of `shards`; the manifest is written after the last one. A shard
+    that cannot be read counts no samples.
+
+    Raises:
+        ConfigError: two shards share a file name.
+    """
+    names = [file_name(shard) for shard in shards]
+    check_names(names)
+    (folder / INDEXES).mkdir(parents=True, exist_ok=True)
+    samples = []
+    with ProcessPoolExecutor(workers) as pool:
+        for counted in pool.map(_index_shard, shards, [folder] * len(shards), [cache] * len(shards), chunksize=1):
+            samples.append(counted.samples)
+            yield counted
+    write_table(folder, names, samples)
 
 
-def _stats_count(shard: str) -> int:
-    stats = Path(shard.removesuffix(".tar") + "_stats.json")
+def write_table(
+    folder: Path, names: Sequence[str], samples: Sequence[int], kept: Sequence[NDArray[np.uint32]] | None = None
+) -> None:
+    """Write a manifest's table, and of a subset the ordinals kept in each shard."""
+    table = pa.table({"shard": list(names), "samples": pa.array(samples, pa.int64())})
+    if kept is not None:
+        ordinals = np.concatenate([*kept, np.zeros(0, np.uint32)]).astype(np.uint32)
+        np.save(folder / _KEPT, ordinals)
+        table = table.replace_schema_metadata({_KEPT_DIGEST: hashlib.sha256(ordinals.tobytes()).hexdigest()[:16]})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    # last, so that a folder with a table is whole
+    write_atomic(folder / _TABLE, buffer.getvalue().to_pybytes())
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError where two shards share a name."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(
+                f"two shards are called {name}: a manifest names shards by their file name; rename one, or make them two "
+                f"sources"
+            )
+        seen.add(name)
+
+
+def file_name(shard: str) -> str:
+    """The name of a tar in a manifest."""
+    return PurePosixPath(shard).name
+
+
+def _index_shard(shard: str, folder: Path, cache: ShardCache) -> Counted:
+    target = index_path(folder / INDEXES, shard)
     try:
-        return int(json.loads(stats.read_text())["successes"])
+        if not target.exists():
+            write_atomic(target, index_tar(cache.path(shard)).pack())
+    except OSError as error:
+        return Counted(shard, 0, False, 0, error.strerror or str(error))
+    except SampleError as error:
+        return Counted(shard, 0, False, 0, str(error))
+    index = load_index(target)
+    return Counted(shard, len(index), index.truncated, len(index) - len(set(index.keys)), "")
+
+
+def _stats_count(key: str, shard: str) -> int:
+    stats = shard.removesuffix(".tar") + "_stats.json"
+    try:
+        text = read_remote(stats) if is_remote(stats) else Path(stats).read_bytes()
+        return int(json.loads(text)["successes"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"the number of samples in {shard} is unknown: {stats.name} beside it (img2dataset) is missing or has no "
-            f"`successes`; run `scaleclip data index` on the shards and set data.manifest"
+            f"{key}: the number of samples in {shard} is unknown: {file_name(stats)} beside it (img2dataset) is missing or has "
+            f"no `successes`; run `scaleclip data index` on the shards and set {key}.manifest"
         ) from None

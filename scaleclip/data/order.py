@@ -1,4 +1,4 @@
-"""The order of samples: which samples make up a global batch, as a pure function of (seed, epoch, batch).
+"""The order of a source's samples, as a pure function of (seed, stream, position).
 
 An epoch permutes the shards, lays their samples end to end and cuts the line into C contiguous ranges of equal length, the
 canonical streams. A stream shuffles its range in blocks of a few shards. Global batch b takes global_batch / C samples from
@@ -21,61 +21,54 @@ from scaleclip.errors import ConfigError
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_ROUND_WORDS = [np.uint64(number * _GOLDEN % 2**64) for number in range(1, 7)]
+GOLDEN = 0x9E3779B97F4A7C15
+_ROUND_WORDS = [np.uint64(number * GOLDEN % 2**64) for number in range(1, 7)]
 _SHARDS, _SAMPLES = 0, 1  # what a key is for
 
 
 class Positions(NamedTuple):
-    """Where the samples of some slots lie; a slot past the end of the global batch has shard -1."""
+    """Where some samples lie."""
 
     epoch_N: Ints
-    """How often the slot's stream has wrapped."""
+    """How often the sample's stream has wrapped."""
     shard_N: Ints
-    """Shard's number in the manifest, or -1."""
+    """Shard's number in the manifest."""
     index_N: Ints
-    """Sample's number inside its shard."""
+    """Sample's number inside its shard, of those that the manifest counts."""
 
 
 class SampleOrder:
-    """The order over shards with `counts` samples each.
+    """The order over one source's shards with `counts` samples each.
 
     Args:
         counts: samples of every shard, in manifest order.
         seed: another seed is another order.
-        global_batch: samples a batch; a multiple of `canonical_streams`.
-        canonical_streams: ranges that an epoch is cut into.
+        streams: ranges that an epoch is cut into.
         shuffle_shards: average shards' worth of samples that are shuffled together.
+        name: the source's, for errors.
 
     Raises:
         ConfigError: there are fewer samples than streams.
     """
 
-    def __init__(self, counts: Ints, *, seed: int, global_batch: int, canonical_streams: int, shuffle_shards: int) -> None:
+    def __init__(self, counts: Ints, *, seed: int, streams: int, shuffle_shards: int, name: str) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
-        self.seed, self.global_batch = seed, global_batch
-        if self.num_samples < canonical_streams:
+        self.seed = seed
+        if self.num_samples < streams:
             raise ConfigError(
-                f"data.canonical_streams={canonical_streams} is more than the {self.num_samples} samples of data.shards: "
-                f"lower it"
+                f"data.canonical_streams={streams} is more than the {self.num_samples} samples of data.sources.{name}: lower it"
             )
-        assert global_batch % canonical_streams == 0
-        self._per_stream = global_batch // canonical_streams
-        bounds = np.arange(canonical_streams + 1, dtype=np.int64) * self.num_samples // canonical_streams
+        bounds = np.arange(streams + 1, dtype=np.int64) * self.num_samples // streams
         self._starts, self._lengths = bounds[:-1], np.diff(bounds)
         num_blocks = self._lengths * len(self.counts) // (shuffle_shards * self.num_samples)
         self._num_blocks = np.maximum(num_blocks, 1)
         self._epoch_line = lru_cache(maxsize=4)(self._lay_epoch)
 
-    def positions(self, batch: int, start: int, stop: int) -> Positions:
-        """Slots `start` to `stop` of global batch `batch`."""
-        slot = np.arange(start, stop, dtype=np.int64)
-        valid = slot < self.global_batch
-        slot = slot[valid]
-        stream, lane = np.divmod(slot, self._per_stream)
+    def positions(self, stream: Ints, offset: Ints) -> Positions:
+        """The `offset`-th samples [N] that the streams [N] read, counted from the start of the run."""
         length, num_blocks = self._lengths[stream], self._num_blocks[stream]
-        epoch, offset = np.divmod(batch * self._per_stream + lane, length)
+        epoch, offset = np.divmod(offset, length)
         # block k covers floor(k * length / num_blocks) up to the next block's start
         block = ((offset + 1) * num_blocks - 1) // length
         first, last = block * length // num_blocks, (block + 1) * length // num_blocks
@@ -88,19 +81,13 @@ class SampleOrder:
             at = np.searchsorted(ends, place[here], side="right")
             shard[here] = order[at]
             index[here] = place[here] - ends[at] + self.counts[order[at]]
-        return Positions(*(_scatter(values, valid, fill) for values, fill in ((epoch, 0), (shard, -1), (index, 0))))
+        return Positions(epoch, shard, index)
 
     def _lay_epoch(self, epoch: int) -> tuple[Ints, Ints]:
         """Shards in the epoch's order, and where each ends on the line of all samples."""
         number = np.arange(len(self.counts), dtype=np.int64)
         order = permute(number, np.array([len(number)]), hash64(self.seed, _SHARDS, epoch))
         return order, np.cumsum(self.counts[order])
-
-
-def rank_slots(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and last + 1 slot of a rank: equal shares for all, the last ones running past the batch's end if need be."""
-    share = -(-global_batch // world_size)
-    return rank * share, (rank + 1) * share
 
 
 def permute(index: Ints, size: Ints, key: Words) -> Ints:
@@ -138,9 +125,3 @@ def _mix(word: Words) -> Words:
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
-
-
-def _scatter(values: Ints, where: NDArray[np.bool_], fill: int) -> Ints:
-    out = np.full(len(where), fill, np.int64)
-    out[where] = values
-    return out

@@ -9,8 +9,10 @@ import html
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import ftfy
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import Regex, models, pre_tokenizers, processors
@@ -23,10 +25,11 @@ START, END = "<start_of_text>", "<end_of_text>"
 WORD_END = "</w>"
 # English contractions, letters, single digits, the rest; what lies between words is dropped
 WORDS = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+Keep = Literal["first", "random", "block"]
 
 
 class Tokenizer:
-    """Texts -> ids [len(texts), context_length] (int64), with start and end tokens, cut and padded. Can be pickled.
+    """Texts -> ids (int64), with start and end tokens, cut and padded. Can be pickled.
 
     The words "<end_of_text>" in a caption are words here; open_clip makes them the end token, and the tower stops reading.
     """
@@ -45,15 +48,53 @@ class Tokenizer:
         self.size: int = backend.get_vocab_size()
         self.context_length = context_length
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
-        backend.enable_truncation(context_length)
-        backend.enable_padding(length=context_length, pad_id=pad_id)
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self._clean_texts = clean_texts
+        special = backend.encode("a").special_tokens_mask
+        self._num_before = special.index(0)
+        self._num_after = special[::-1].index(0)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        keep: Keep = "first",
+        randoms: Sequence[np.random.Generator] | None = None,
+    ) -> Tensor:
+        """Ids [len(texts), max_tokens].
+
+        Args:
+            texts: of any length.
+            max_tokens: tokens of a text, the start and end tokens included; none: the context length.
+            keep: which tokens between start and end stay of a text that is too long: the first, a random choice in their
+                order, or a random block (CLIPS, arXiv:2411.16828).
+            randoms: one a text, for what is random; a text that is short enough takes nothing from its own.
+        """
+        length = max_tokens or self.context_length
         # one by one: encode_batch starts threads, which the loader's processes must not
-        ids = [self._backend.encode(clean(text) if self._clean_texts else text).ids for text in texts]
-        return torch.tensor(ids, dtype=torch.int64).view(len(texts), self.context_length)
+        rows = [self._backend.encode(clean(text) if self._clean_texts else text).ids for text in texts]
+        for i, ids in enumerate(rows):
+            if len(ids) > length:
+                rows[i] = self._shorten(ids, length, keep, randoms[i] if randoms else None)
+            else:
+                ids.extend([self.pad_id] * (length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64).view(len(texts), length)
+
+    def _shorten(self, ids: list[int], length: int, keep: Keep, random: np.random.Generator | None) -> list[int]:
+        room = length - self._num_before - self._num_after
+        stop = len(ids) - self._num_after
+        start, body, end = ids[: self._num_before], ids[self._num_before : stop], ids[stop:]
+        if keep == "first":
+            return start + body[:room] + end
+        assert random is not None, f"keep={keep} draws from a generator a text"
+        if keep == "block":
+            first = int(random.integers(len(body) - room + 1))
+            return start + body[first : first + room] + end
+        chosen = np.sort(random.permutation(len(body))[:room])
+        return start + [body[i] for i in chosen] + end
 
 
 def load_tokenizer(name: str, context_length: int) -> Tokenizer:

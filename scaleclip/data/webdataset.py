@@ -1,109 +1,106 @@
 """Random access to samples in tars of webdataset's layout, as img2dataset writes them (.jpg/.png/.webp, .txt, .json)."""
 
-import json
+import io
 import os
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
 
-from scaleclip.data.index import Member, TarIndex, index_tar
-from scaleclip.data.manifest import Manifest
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.index import index_tar, load_blocks, load_index
+from scaleclip.data.sample import Sample, SampleError
+from scaleclip.data.shards import is_remote
+from scaleclip.data.tar import BLOCK, TarDamage, split_name, walk
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# A rank's batches go round all its streams' shards, so both must hold what a rank has open at once.
-_INDEXED_SHARDS = 2048
-_OPEN_FILES = 256
-
-
-class SampleError(Exception):
-    """A sample that cannot be used; `cause` is the name under which it is counted."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause = cause
-
-
-class Sample(NamedTuple):
-    """A sample as it lies in the shard."""
-
-    key: str
-    image: bytes
-    """The encoded image."""
-    texts: dict[str, str]
-    """`caption` (the .txt member) and the named texts of the .json member's `captions`."""
-    fields: dict[str, Any]
-    """The .json member; empty without one."""
+# A rank's batches go round all its streams' blocks of shards, which is what it has open at once.
+_OPEN_SHARDS = 1024
+_MISSING = "missing_shard"
 
 
 class TarReader:
-    """Reads sample `index` of shard `shard`. Keeps offsets and files of the shards it touched last, and no other state."""
+    """Reads a sample by its shard's number and its own number in the shard, its ordinal.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._index = lru_cache(maxsize=_INDEXED_SHARDS)(_index)
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_File)
+    Keeps the offsets and files of the shards that it touched last, and no other state.
 
-    def __call__(self, shard: int, index: int) -> Sample:
+    Args:
+        shards: path or URL of every shard.
+        cache: local copies of remote shards.
+        indexes: folder with the index files of `scaleclip data index`; a shard without one is indexed at first touch.
+    """
+
+    def __init__(self, shards: Sequence[str], cache: ShardCache, indexes: Path | None = None) -> None:
+        self._shards, self._cache, self._indexes = shards, cache, indexes
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    def fetch(self, shard: int) -> None:
+        """Have the shard and its index at hand. Raises SampleError when it cannot be had."""
+        self._open(shard)
+
+    def __call__(self, shard: int, ordinal: int) -> Sample:
         """Raises SampleError when the sample cannot be had."""
-        path = self._manifest.shards[shard]
-        entries = self._index(path)
-        if index >= len(entries):
-            cause = "truncated_shard" if entries.truncated else "missing_sample"
-            said = self._manifest.counts[shard]
-            raise SampleError(cause, f"{path} holds {len(entries)} samples, the manifest says {said}")
-        key = entries.key(index)
-        files = self._open(path).read(entries.members(index))
-        image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-        if image is None:
-            raise SampleError("no_image", f"{key} in {path} has {', '.join(files)}")
-        fields = _json_object(files["json"]) if "json" in files else {}
-        texts = {name: _text(text) for name, text in (fields.get("captions") or {}).items() if text is not None}
-        if "txt" in files:
-            texts["caption"] = files["txt"].decode("utf-8", errors="replace")
-        return Sample(key, image, texts, fields)
+        return self._open(shard).read(ordinal)
+
+    def keys(self, shard: int) -> Sequence[str]:
+        """Of all its samples. Raises SampleError when the shard cannot be had."""
+        url = self._shards[shard]
+        return load_index(self._index(url, self._cache.path(url))).keys
+
+    def _open_shard(self, shard: int) -> "_Shard":
+        url = self._shards[shard]
+        try:
+            path = self._cache.path(url)
+            return _Shard(path, self._index(url, path))
+        except SampleError as error:
+            if not (is_remote(url) and error.cause == _MISSING):
+                raise
+            # evicted between the two
+            path = self._cache.path(url)
+            return _Shard(path, self._index(url, path))
+
+    def _index(self, url: str, path: str) -> io.BytesIO:
+        stored = index_path(self._indexes, url) if self._indexes else None
+        if stored is not None and stored.exists():
+            return io.BytesIO(stored.read_bytes())
+        return io.BytesIO(self._cache.derived(path, "index", lambda path: index_tar(path).pack()))
 
 
-def _index(path: str) -> TarIndex:
-    try:
-        return index_tar(path)
-    except OSError as error:
-        raise SampleError("unreadable_shard", f"{path}: {error.strerror}") from error
+def index_path(folder: Path, shard: str) -> Path:
+    """Where the index file of a shard lies in a manifest's folder of indexes."""
+    return folder / f"{PurePosixPath(shard).name}.npz"
 
 
-class _File:
-    def __init__(self, path: str) -> None:
+class _Shard:
+    def __init__(self, path: str, index: io.BytesIO) -> None:
         self._path = path
+        blocks, self._truncated = load_blocks(index)
+        self._starts = blocks.astype("int64") * BLOCK
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise SampleError("unreadable_shard", f"{path}: {error.strerror}") from error
+            cause = _MISSING if isinstance(error, FileNotFoundError) else "unreadable_shard"
+            raise SampleError(cause, f"{path}: {error.strerror}") from error
 
-    def read(self, members: dict[str, Member]) -> dict[str, bytes]:
-        """A sample's files by extension; they lie together, so one read fetches all."""
-        start = min(member.offset for member in members.values())
-        stop = max(member.offset + member.size for member in members.values())
+    def read(self, ordinal: int) -> Sample:
+        num_samples = len(self._starts) - 1
+        if ordinal >= num_samples:
+            cause = "truncated_shard" if self._truncated else "missing_sample"
+            raise SampleError(cause, f"{self._path} holds {num_samples} samples, sample {ordinal} was asked for")
+        start, stop = int(self._starts[ordinal]), int(self._starts[ordinal + 1])
         try:
             span = os.pread(self._file, stop - start, start)
         except OSError as error:
             raise SampleError("unreadable_shard", f"{self._path}: {error.strerror}") from error
-        return {name: span[at - start : at - start + size] for name, (at, size) in members.items()}
+        if len(span) < stop - start:
+            raise SampleError("truncated_shard", f"{self._path} ends within sample {ordinal}")
+        key, members = "", {}
+        try:
+            for name, offset, size, _ in walk(span):
+                key, extension = split_name(name)
+                members[extension] = span[offset : offset + size]
+        except TarDamage as error:
+            raise SampleError("corrupt_shard", f"{self._path}, sample {ordinal}: {error}; was it changed since?") from None
+        return Sample(key, members)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        raise SampleError("bad_json", "the .json member is not JSON") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("captions") or {}, dict):
-        raise SampleError("bad_json", "the .json member is no object, or its `captions` is none")
-    return fields
-
-
-def _text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise SampleError("bad_json", f"a caption is a {type(text).__name__}, not a string")
-    # JSON can escape half a surrogate pair, which no tokenizer takes
-    return text.encode("utf-8", errors="replace").decode()

@@ -9,10 +9,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from scaleclip.config import Section, resolve_path
-from scaleclip.data.manifest import Manifest, load_manifest
-from scaleclip.data.transform import centre_crop, cut, decode
-from scaleclip.data.webdataset import SampleError, TarReader
+from scaleclip.config import CacheConfig, DataConfig, Section, SourceConfig, resolve_path
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.sample import SampleError
+from scaleclip.data.source import open_shards
+from scaleclip.data.transform import centre_crop, open_image, resize
 from scaleclip.errors import ConfigError, RunError
 
 
@@ -60,7 +61,8 @@ class SplitData:
         strange = set(self.split.concepts.values()) - {entry.concept for entry in self.split.gallery}
         if strange:
             raise ConfigError(f"eval.splits: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
-        self.manifest: Manifest = load_manifest([f"{path.with_suffix('')}-*.tar"], None)
+        patterns = [f"{path.with_suffix('')}-*.tar"]
+        self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, ShardCache(CacheConfig()))
 
     def images(self, size: int, batch: int) -> Iterator[tuple[list[str], Tensor]]:
         """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order.
@@ -68,20 +70,21 @@ class SplitData:
         Raises:
             RunError: an image cannot be used; figures over a part of a split would not be comparable.
         """
-        read = TarReader(self.manifest)
+        members, max_pixels = SourceConfig().image, DataConfig().max_pixels
         keys: list[str] = []
         pixels: list[Tensor] = []
         for shard, count in enumerate(self.manifest.counts):
             for index in range(count):
                 try:
-                    sample = read(shard, index)
-                    image = decode(sample.image)
+                    sample = self._reader(shard, index)
+                    picture = open_image(sample.image(members), max_pixels)
+                    image = picture.decode(centre_crop(picture.height, picture.width), size)
                 except SampleError as error:
                     raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
                 if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
                     raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
                 keys.append(sample.key)
-                pixels.append(cut(image, centre_crop(*image.shape[1:]), size))
+                pixels.append(resize(image, size, flip=False))
                 if len(keys) == batch:
                     yield keys, torch.stack(pixels)
                     keys, pixels = [], []

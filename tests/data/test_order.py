@@ -1,24 +1,37 @@
-"""The order of samples: a contract with every run that exists."""
+"""The order of samples, of one source and of several: a contract with every run that exists."""
 
 import numpy as np
 import pytest
 
-from scaleclip.data.order import SampleOrder, hash64, permute, rank_slots
+from scaleclip.data.mixture import BatchOrder, rank_slots
+from scaleclip.data.order import hash64, permute
 from scaleclip.errors import ConfigError
 
 COUNTS = np.array([13, 0, 40, 7, 29, 1, 31, 22, 18, 36])
 TOTAL = int(COUNTS.sum())
 
 
-def make_order(*, counts=COUNTS, seed=3, global_batch=24, canonical_streams=6, shuffle_shards=2):
-    return SampleOrder(
-        counts, seed=seed, global_batch=global_batch, canonical_streams=canonical_streams, shuffle_shards=shuffle_shards
+def make_order(*, counts=COUNTS, seed=3, global_batch=24, canonical_streams=6, shuffle_shards=2, weights=None):
+    """Of one source, or of several given as counts by name."""
+    counts = counts if isinstance(counts, dict) else {"only": counts}
+    return BatchOrder(
+        counts,
+        weights or dict.fromkeys(counts),
+        seed=seed,
+        global_batch=global_batch,
+        canonical_streams=canonical_streams,
+        shuffle_shards=shuffle_shards,
     )
+
+
+def rows_of(order, batch, start, stop):
+    """(epoch, shard, index) of slots, [stop - start, 3]."""
+    return np.stack(order.slots(batch, start, stop)[1:], axis=1)
 
 
 def samples(order, num_batches):
     """(epoch, shard, index) of every slot of the first batches, [num_batches, global_batch, 3]."""
-    return np.stack([np.stack(order.positions(b, 0, order.global_batch), axis=1) for b in range(num_batches)])
+    return np.stack([rows_of(order, b, 0, order.global_batch) for b in range(num_batches)])
 
 
 def test_every_epoch_holds_every_sample_once():
@@ -46,11 +59,11 @@ def test_ranks_share_the_same_global_batches(world_size):
     order = make_order()
     whole = samples(order, 4)
     for batch in range(4):
-        parts = [order.positions(batch, *rank_slots(24, rank, world_size)) for rank in range(world_size)]
+        parts = [order.slots(batch, *rank_slots(24, rank, world_size)) for rank in range(world_size)]
         assert len({len(part.shard_N) for part in parts}) == 1, "every rank has as many slots"
         joined = np.concatenate([np.stack(part, axis=1) for part in parts])
-        valid = joined[:, 1] >= 0
-        np.testing.assert_array_equal(joined[valid], whole[batch])
+        valid = joined[:, 0] >= 0
+        np.testing.assert_array_equal(joined[valid][:, 1:], whole[batch])
         assert valid[:24].all()
         assert not valid[24:].any(), "slots past the end of the batch are invalid"
 
@@ -59,7 +72,7 @@ def test_a_position_does_not_depend_on_what_was_asked_before():
     order, fresh = make_order(), make_order()
     samples(order, 30)
     for batch in (29, 0, 17):
-        np.testing.assert_array_equal(order.positions(batch, 5, 11), fresh.positions(batch, 5, 11))
+        np.testing.assert_array_equal(order.slots(batch, 5, 11), fresh.slots(batch, 5, 11))
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"canonical_streams": 4}, {"shuffle_shards": 1}])
@@ -76,17 +89,14 @@ def test_epochs_differ():
 
 def test_the_order_is_pinned():
     """These numbers may never change: runs that exist resume by them."""
-    np.testing.assert_array_equal(
-        np.stack(make_order().positions(11, 2, 8), axis=1),
-        PINNED,
-    )
+    np.testing.assert_array_equal(rows_of(make_order(), 11, 2, 8), PINNED)
     assert hash64(1, 2, 3)[0] == PINNED_HASH
 
 
 def test_a_large_data_set_is_shuffled_within_a_few_shards_only():
     counts = np.full(64, 100)
-    order = SampleOrder(counts, seed=0, global_batch=4, canonical_streams=4, shuffle_shards=2)
-    stream = np.stack([np.stack(order.positions(b, 0, 1), axis=1)[0] for b in range(1600)])
+    order = make_order(counts=counts, seed=0, global_batch=4, canonical_streams=4, shuffle_shards=2)
+    stream = np.stack([rows_of(order, b, 0, 1)[0] for b in range(1600)])
     for block in range(8):
         rows = stream[block * 200 : (block + 1) * 200]
         assert len(set(rows[:, 1])) == 2, "a block is two shards"
@@ -94,7 +104,7 @@ def test_a_large_data_set_is_shuffled_within_a_few_shards_only():
 
 
 def test_too_many_streams_are_refused():
-    with pytest.raises(ConfigError, match=r"data\.canonical_streams=512 .* 197 samples"):
+    with pytest.raises(ConfigError, match=r"data\.canonical_streams=512 .* 197 samples of data\.sources\.only"):
         make_order(global_batch=512, canonical_streams=512)
 
 
@@ -120,14 +130,74 @@ def chi_square(counts):
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_positions_of_five_billion_samples_are_cheap():
-    """600,000 shards: positions are computed, not listed. The bound on time is in tools/; here it is memory's shape."""
-    counts = np.full(600_000, 9_750)
-    order = SampleOrder(counts, seed=0, global_batch=32_768, canonical_streams=128, shuffle_shards=4)
-    epoch, shard, index = order.positions(90_000, 0, 32_768)
-    assert (epoch == 0).all()
-    assert len(set(zip(shard, index, strict=True))) == 32_768
-    assert index.max() < 9_750
+SOURCES = {"web": COUNTS, "cc": np.array([30, 11, 25]), "art": np.array([24])}
+WEIGHTS = {"web": 2.0, "cc": 1.0, "art": 1.0}
+
+
+def make_mixture(**options):
+    return make_order(counts=SOURCES, **{"weights": WEIGHTS, "global_batch": 24, "canonical_streams": 3} | options)
+
+
+def test_every_batch_has_the_quota_of_every_source():
+    order = make_mixture()
+    assert order.quotas == {"web": 4, "cc": 2, "art": 2}
+    for batch in (0, 7, 1000):
+        source = order.slots(batch, 0, 24).source_N
+        assert np.bincount(source).tolist() == [12, 6, 6]
+        assert source.reshape(3, 8).tolist() == [[0, 0, 0, 0, 1, 1, 2, 2]] * 3, "in every stream alike"
+
+
+def test_every_epoch_of_a_source_holds_its_every_sample_once():
+    order = make_mixture()
+    slots = [np.stack(order.slots(b, 0, 24), axis=1) for b in range(120)]
+    rows = np.concatenate(slots)
+    for number, counts in enumerate(SOURCES.values()):
+        everything = sorted((shard, index) for shard, count in enumerate(counts) for index in range(count))
+        here = rows[rows[:, 0] == number]
+        for epoch in range(3):
+            assert sorted(map(tuple, here[here[:, 1] == epoch][:, 2:].tolist())) == everything
+
+
+def test_the_first_source_of_a_mixture_keeps_the_order_that_it_has_alone():
+    mixed = make_mixture()
+    alone = make_order(counts={"web": COUNTS}, global_batch=12, canonical_streams=3)
+    for batch in (0, 5, 40):
+        slots = mixed.slots(batch, 0, 24)
+        np.testing.assert_array_equal(np.stack(slots[1:], axis=1)[slots.source_N == 0], rows_of(alone, batch, 0, 12))
+
+
+def test_sources_of_equal_shards_have_orders_of_their_own():
+    order = make_order(counts={"a": COUNTS, "b": COUNTS}, global_batch=24, canonical_streams=2)
+    slots = order.slots(0, 0, 24)
+    rows = np.stack(slots[1:], axis=1)
+    assert (rows[slots.source_N == 0] != rows[slots.source_N == 1]).any()
+
+
+@pytest.mark.parametrize(
+    ("weights", "quotas"),
+    [
+        ({"web": 1.0, "cc": 1.0, "art": 1.0}, [3, 3, 2]),
+        ({"web": 0.68, "cc": 0.22, "art": 0.1}, [5, 2, 1]),
+        ({"web": None, "cc": None, "art": None}, [5, 2, 1]),
+        ({"web": 100.0, "cc": 30.0, "art": 20.0}, [5, 2, 1]),
+    ],
+)
+def test_quotas_are_shared_out_by_largest_remainder(weights, quotas):
+    assert list(make_mixture(weights=weights).quotas.values()) == quotas
+
+
+def test_a_source_that_would_never_be_read_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.sources\.art with weight 0\.01 of 2\.01 gets none of the 8 slots"):
+        make_mixture(weights={"web": 1.0, "cc": 1.0, "art": 0.01})
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_the_batches_of_a_mixture(world_size):
+    order = make_mixture()
+    whole = np.stack(order.slots(4, 0, 24), axis=1)
+    parts = [np.stack(order.slots(4, *rank_slots(24, rank, world_size)), axis=1) for rank in range(world_size)]
+    joined = np.concatenate(parts)
+    np.testing.assert_array_equal(joined[joined[:, 0] >= 0], whole)
 
 
 PINNED = np.array([[1, 0, 4], [1, 7, 6], [1, 4, 25], [1, 4, 5], [1, 4, 23], [1, 4, 8]])

@@ -1,16 +1,17 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from scaleclip.config import load_config, preset_names
-from scaleclip.data.tokenizer import load_tokenizer
+from scaleclip.config import TextTowerConfig, load_config, preset_names
+from scaleclip.data.tokenizer import Keep, load_tokenizer
 from scaleclip.errors import ConfigError
-from scaleclip.models.towers import check_tokenizer
+from scaleclip.models.towers import build_text_tower, check_tokenizer
 
 ODD_CAPTIONS = [
     "",
@@ -69,6 +70,92 @@ def test_demo_vocabulary_is_small_and_fits_its_captions() -> None:
     assert tokenizer(["grinning face with smiling eyes"])[0].ne(0).sum() == 7
 
 
+LONG = " ".join(f"{word}{number}" for number in range(30) for word in ("cat", "dog"))
+ALL_MANNERS = pytest.mark.parametrize("keep", ["first", "random", "block"])
+
+
+def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, i]) for i in range(count)]
+
+
+def body(row: torch.Tensor) -> list[int]:
+    """The tokens between start and end."""
+    ids = [int(i) for i in row]
+    return ids[1 : ids.index(4095)]
+
+
+@ALL_MANNERS
+@pytest.mark.parametrize("budget", [3, 20, None])
+def test_a_budget_keeps_start_and_end(keep: Keep, budget: int | None) -> None:
+    tokenizer = load_tokenizer("demo", 40)
+    texts = ["", "cat", LONG, "a b c d e f g h i j k l m n o p q r s", LONG]
+    ids = tokenizer(texts, max_tokens=budget, keep=keep, randoms=generators(5))
+    length = budget or 40
+    assert ids.shape == (5, length)
+    assert (ids[:, 0] == tokenizer.start_id).all()
+    assert ((ids == tokenizer.end_id).sum(1) == 1).all()
+    whole = load_tokenizer("demo", 1000)(texts)
+    for row, full in zip(ids, whole, strict=True):
+        assert len(body(row)) == min(len(body(full)), length - 2)
+        if len(body(full)) <= length - 2:
+            assert torch.equal(row, full[:length])
+
+
+def test_the_first_tokens_are_those_of_a_shorter_context() -> None:
+    tokenizer = load_tokenizer("clip", 77)
+    assert torch.equal(tokenizer(ODD_CAPTIONS, max_tokens=9), load_tokenizer("clip", 9)(ODD_CAPTIONS))
+
+
+def test_a_block_starts_anywhere_with_equal_chance() -> None:
+    tokenizer = load_tokenizer("demo", 40)
+    text = "a b c d e f g h i j k l"
+    full = body(load_tokenizer("demo", 1000)([text])[0])
+    assert len(set(full)) == 12
+    rows = tokenizer([text] * 4000, max_tokens=10, keep="block", randoms=generators(4000))
+    starts = torch.tensor([full.index(body(row)[0]) for row in rows])
+    assert all(body(row) == full[start : start + 8] for row, start in zip(rows, starts, strict=True))
+    counts = torch.bincount(starts, minlength=5)
+    # five standard deviations
+    assert len(counts) == 5
+    assert ((counts - 800).abs() < 5 * (4000 * 0.2 * 0.8) ** 0.5).all()
+
+
+def test_a_random_choice_takes_every_token_with_equal_chance_and_in_order() -> None:
+    tokenizer = load_tokenizer("demo", 40)
+    text = "a b c d e f g h i j k l"
+    full = body(load_tokenizer("demo", 1000)([text])[0])
+    rows = tokenizer([text] * 4000, max_tokens=5, keep="random", randoms=generators(4000))
+    places = [[full.index(token) for token in body(row)] for row in rows]
+    assert all(len(set(each)) == 3 and each == sorted(each) for each in places)
+    counts = torch.bincount(torch.tensor(places).flatten(), minlength=12)
+    assert ((counts - 1000).abs() < 5 * (4000 * 0.25 * 0.75) ** 0.5).all()
+    assert len({tuple(each) for each in places}) == 220, "of 12 tokens, every choice of 3 comes up"
+
+
+@pytest.mark.parametrize("keep", ["random", "block"])
+def test_what_is_random_comes_from_the_texts_own_generators(keep: Keep) -> None:
+    tokenizer = load_tokenizer("demo", 12)
+    alone = torch.cat([tokenizer([LONG], keep=keep, randoms=[random]) for random in generators(3)])
+    assert torch.equal(tokenizer([LONG] * 3, keep=keep, randoms=generators(3)), alone)
+    assert not torch.equal(tokenizer([LONG] * 3, keep=keep, randoms=generators(3, seed=1)), alone)
+    short, reference = generators(1), generators(1)
+    tokenizer(["cat"], keep=keep, randoms=short)
+    assert short[0].random() == reference[0].random()
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("clip_text_model", "eos"), ("clip_text_model", "pooler"), ("bert", "mean")])
+def test_a_tower_sees_the_same_text_in_fewer_columns(kind: str, pooling: str) -> None:
+    tokenizer = load_tokenizer("demo", 40)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_token_id": 0}
+    tower = build_text_tower(
+        TextTowerConfig(type=kind, pooling=pooling, context_length=40, config=sizes | tokens), False
+    ).eval()
+    texts = ["a cat", "grinning face with smiling eyes"]
+    narrow, wide = tower(tokenizer(texts, max_tokens=16)), tower(tokenizer(texts))
+    torch.testing.assert_close(narrow, wide)
+
+
 def test_pickling_keeps_the_ids() -> None:
     tokenizer = load_tokenizer("demo", 20)
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(ODD_CAPTIONS), tokenizer(ODD_CAPTIONS))
@@ -98,6 +185,7 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(name, 6)
     assert (tokenizer.size, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id) == (6, 1, 2, 0)
     assert tokenizer(["a cat", "a a a a dog cat"]).tolist() == [[1, 5, 4, 2, 0, 0], [1, 5, 5, 5, 5, 2]]
+    assert tokenizer(["a a cat", "dog"], max_tokens=4).tolist() == [[1, 5, 5, 2], [1, 3, 2, 0]]
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(["a cat"]), tokenizer(["a cat"]))
 
 

@@ -1,0 +1,93 @@
+"""Texts beside the shards: a folder with a file a shard, its rows in the order of the shard's samples.
+
+The files are Arrow's (IPC, uncompressed) and are mapped, so that the processes of a node share the pages that they touch and a
+text is read without the rest of its shard. `scaleclip data sidecar` writes them.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+
+from scaleclip.config import resolve_path
+from scaleclip.data.sample import SampleError
+from scaleclip.errors import ConfigError
+from scaleclip.files import write_atomic
+
+# as many as TarReader keeps
+_OPEN_SHARDS = 1024
+
+
+class Sidecar:
+    """Random access to the texts of a sidecar.
+
+    Args:
+        key: the configuration's key of the sidecar, for errors.
+        folder: where it lies.
+        shards: name of every shard, as in the manifest; its number is its place here.
+
+    Raises:
+        ConfigError: the folder has no file for any of the shards, or the first one cannot be read.
+    """
+
+    def __init__(self, key: str, folder: str, shards: Sequence[str]) -> None:
+        self._folder, self._shards = Path(resolve_path(folder)), shards
+        first = next((shard for shard in range(len(shards)) if self._path(shard).exists()), None)
+        if first is None:
+            raise ConfigError(f"{key}={folder}: has no file for any of the shards: run `scaleclip data sidecar` on them")
+        try:
+            self.columns = tuple(self._open_shard(first))
+            """Names of the texts, by the first file that is there."""
+        except SampleError as error:
+            raise ConfigError(f"{key}={folder}: {error.detail}: run `scaleclip data sidecar` again") from None
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    def text(self, shard: int, ordinal: int, column: str) -> str | None:
+        """The text of a sample, or None where the release has none.
+
+        Raises:
+            SampleError: the shard's file is missing, damaged or shorter than the shard, or the text is not UTF-8.
+        """
+        columns = self._open(shard)
+        if column not in columns:
+            raise SampleError("bad_sidecar", f"{self._path(shard)} has no column {column!r}")
+        rows = columns[column]
+        if ordinal >= len(rows):
+            raise SampleError("short_sidecar", f"{self._path(shard)} has {len(rows)} rows, row {ordinal} was asked for")
+        try:
+            text: str | None = rows[ordinal].as_py()
+        except UnicodeDecodeError as error:
+            raise SampleError("undecodable_text", f"{self._path(shard)}, row {ordinal} is not UTF-8: {error.reason}") from None
+        return text
+
+    def _path(self, shard: int) -> Path:
+        return sidecar_path(self._folder, self._shards[shard])
+
+    def _open_shard(self, shard: int) -> dict[str, pa.Array]:
+        path = self._path(shard)
+        try:
+            with pa.memory_map(str(path)) as file:
+                # the buffer keeps the mapping when the file is closed, so that open shards cost no file descriptors
+                mapped = file.read_buffer()
+            batch = pa.ipc.open_file(mapped).get_batch(0)
+        except FileNotFoundError:
+            raise SampleError("missing_sidecar", f"there is no {path}") from None
+        except (OSError, pa.ArrowException) as error:
+            raise SampleError("bad_sidecar", f"{path} cannot be read: {error}") from None
+        return dict(zip(batch.schema.names, batch.columns, strict=True))
+
+
+def sidecar_path(folder: Path, shard: str) -> Path:
+    """Where the texts of a shard, called as in the manifest, lie in a sidecar's folder."""
+    return folder / f"{shard}.arrow"
+
+
+def write_rows(path: Path, rows: pa.RecordBatch) -> None:
+    """Write the file of a shard: a row a sample, a column of strings a text."""
+    # an MDS shard's name may begin with a folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_file(buffer, rows.schema) as file:
+        file.write_batch(rows)
+    write_atomic(path, buffer.getvalue().to_pybytes())

@@ -1,0 +1,1 @@
+"""What tools/bench_data.py is made of."""
