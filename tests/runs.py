@@ -43,13 +43,18 @@ def run(*arguments: str | Path, **settings: Any) -> str:
 
 def signal_when(process: subprocess.Popen[str], seen: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
     """Send `number` as soon as `seen()`; the run must not have ended before."""
+    wait_until(seen, process)
+    process.send_signal(number)
+    return finish(process)
+
+
+def wait_until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Return as soon as `seen()`; the process must not have ended before."""
     deadline = time.monotonic() + TIMEOUT_S
     while not seen():
         assert process.poll() is None, f"ended before it could be signalled: {process.communicate()[0]}"
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(number)
-    return finish(process)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Whole runs: killed, stopped, on several ranks, on bad data and full disks."""
 
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from helpers import make_sample, write_tar
 from rank_jobs import train_on_a_full_disk, train_run, train_with_a_failing_loss
 from ranks import run_ranks
-from runs import exact, figures, finish, rows, run, signal_when, start
+from runs import exact, figures, finish, rows, run, signal_when, start, wait_until
 from scaleclip import checkpoint
 from scaleclip.run_folder import read_config
 
@@ -79,6 +80,42 @@ def test_a_run_with_loader_processes_and_a_damaged_checkpoint_goes_on_from_the_o
     output = run(*arguments)
     assert f"{newest.name} is damaged (mp_rank_00_model_states.pt has changed)" in " ".join(output.split())
     assert_same_run(tmp_path, undisturbed)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_run_whose_loader_process_is_killed_goes_on_by_itself(tiny_config_path, undisturbed, tmp_path):
+    process = start("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS, "data.workers=1", "data.prefetch_batches=1")
+    workers: set[int] = set()
+    for step in (2, 5, 8):
+        wait_until(lambda step=step: len(rows(tmp_path)) >= step, process)
+        for child in set(children(process.pid)) - workers:
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                workers.add(child)
+                os.kill(child, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert_same_run(tmp_path, undisturbed)
+    assert rows(tmp_path)[-1]["lost_workers"] >= 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_next_start_goes_on(tiny_config_path, tmp_path):
+    arguments = ("train", tiny_config_path, "--ranks", "2", SPLITS)
+    run(*arguments, f"run.folder={tmp_path}/whole")
+    process = start(*arguments, f"run.folder={tmp_path}/killed")
+    wait_until(lambda: len(rows(tmp_path / "killed")) >= 6, process)
+    ranks = [child for child in children(process.pid) if b"scaleclip" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _ = finish(process)
+    assert code != 0
+    run(*arguments, f"run.folder={tmp_path}/killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.slow
