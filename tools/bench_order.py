@@ -10,30 +10,38 @@ stream's whole range). Costs are CPU time of one process; nothing is read from a
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
+import io
 import resource
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from scaleclip.config import CacheConfig
+from scaleclip.config import CacheConfig, parse_config
 from scaleclip.data.cache import ShardCache
+from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.manifest import write_table
 from scaleclip.data.mixture import BatchOrder, rank_slots
-from scaleclip.data.source import open_shards
+from scaleclip.data.source import open_shards, open_sources
+from scaleclip.data.tokenizer import load_tokenizer
+from scaleclip.data.webdataset import TarReader
 
 Ints = NDArray[np.int64]
-GLOBAL_BATCH, STREAMS, SHUFFLE_SHARDS = 32_768, 128, 4
+GLOBAL_BATCH, STREAMS, SHUFFLE_SHARDS, SEEK_RANKS = 32_768, 128, 4, 64
 # of the comparison: small enough to lay out whole
 FEW_BATCH = 4096
 FEW_COUNTS = np.random.default_rng(0).integers(800, 1200, size=1000)
@@ -63,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="append the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw where the samples of a rank come from")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as a loader process has
     console = Console(width=None if sys.stdout.isatty() else 140)
     with console.status("positions"):
         rows = cost(options.shards, options.samples, options.batches)
+    with console.status("a seek"):
+        rows.append(seek(options.shards, options.samples))
     with console.status("shards a node reads"):
         rows += [cold_bytes(nodes) for nodes in (2, 4, 8)]
     reads = {}
@@ -127,6 +138,54 @@ def cost(num_shards: int, num_samples: int, num_batches: int) -> list[Row]:
         # an epoch's shards are permuted once, which is part of its first batch
         rows.append(Row("positions of the first batch of an epoch, slowest", max(across), "CPU-ms"))
     return rows
+
+
+def seek(num_shards: int, num_samples: int) -> Row:
+    """From nothing to the first batch of rank 0 of 64 in the middle of the data set, whose shards are all one real tar."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)).save(picture, "JPEG")
+        with webdataset_tar(Path(folder) / "real.tar") as add:
+            for number in range(num_samples):
+                add(f"{number:09d}.jpg", picture.getvalue())
+                add(f"{number:09d}.txt", f"picture {number}".encode())
+        names = [f"{number:06d}.tar" for number in range(num_shards)]
+        write_table(Path(folder), names, [num_samples] * num_shards)
+        config = parse_config(
+            {
+                "data": {
+                    "sources": {"laion": {"shards": f"{folder}/{{000000..{num_shards - 1:06d}}}.tar", "manifest": folder}},
+                    "cache": {"folder": f"{folder}/cache"},
+                    "workers": 0,
+                },
+                "train": {"global_batch": GLOBAL_BATCH, "samples": num_shards * num_samples},
+            }
+        )
+        start = time.process_time()
+        cache = ShardCache(config.data.cache)
+        (source,) = open_sources(config.data.sources, cache)
+        # every shard is the same file under another name, without 600,000 links
+        source.reader = TarReader([f"{folder}/real.tar"] * num_shards, cache)
+        dataset = TrainDataset(config, [source], cache, load_tokenizer("clip", 77), 0, SEEK_RANKS)
+        middle = num_shards * num_samples // GLOBAL_BATCH // 2
+        batches = TrainBatches(dataset, middle, middle + 1, config.data)
+        batch = next(batches)
+        spent = time.process_time() - start
+    assert batch.valid_B.all()
+    return Row(f"first batch of rank 0 of {SEEK_RANKS} after a seek to the middle, start included", spent, "CPU-s", "<= 5")
+
+
+@contextlib.contextmanager
+def webdataset_tar(path: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """A tar; the value adds a file to it."""
+    with tarfile.open(path, "w") as tar:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+        yield add
 
 
 def _few(global_batch: int = FEW_BATCH) -> BatchOrder:

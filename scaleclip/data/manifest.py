@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -189,7 +189,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def file_name(shard: str) -> str:
     """The name of a tar in a manifest."""
-    return PurePosixPath(shard).name
+    return shard.rpartition("/")[2]
 
 
 def _index_shard(shard: str, folder: Path, cache: ShardCache) -> Counted:

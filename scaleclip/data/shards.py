@@ -37,8 +37,9 @@ def expand_shards(key: str, patterns: Sequence[str], *, must_exist: bool = True)
     """
     shards: dict[str, None] = {}
     for pattern in patterns:
-        parts = list(braceexpand(pattern)) if is_remote(pattern) else list(braceexpand(resolve_path(pattern)))
-        paths = [path for part in parts for path in _matches(part)]
+        paths = list(braceexpand(pattern if is_remote(pattern) else resolve_path(pattern)))
+        if glob.has_magic(pattern):
+            paths = [path for part in paths for path in _matches(part)]
         missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)] if must_exist else []
         if not paths or missing:
             named = f"; {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}" if missing else ""
