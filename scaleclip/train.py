@@ -79,7 +79,7 @@ def train(config: RunConfig) -> Path:
 
     torch.manual_seed(config.run.seed)
     model = DualEncoder(config.model)
-    step_flops = 3 * share * forward_flops(model, config.model)
+    step_flops = 3 * share * forward_flops(model, config.model, dataset.num_tokens, len(config.data.views))
     engine = build_engine(config, model, world)
     resumed = checkpoint.find(folder, world)
     state = TrainState(world_size=world.size)

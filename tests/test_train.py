@@ -155,6 +155,22 @@ def test_ranks_give_the_same_loss_curve(tiny_config_path, undisturbed, tmp_path,
         assert row["samples"] == expected["samples"]
 
 
+def test_two_views_of_a_mixture_train_and_their_mix_is_logged(tiny_config, shards, tmp_path):
+    sources = (
+        f"data.sources={{tiny: {{shards: '{shards}/*.tar', texts: {{caption: txt, name: json:captions.name}}, weight: 1}}, "
+        f"other: {{shards: '{shards}/*.tar', texts: {{name: json:captions.name}}, weight: 3}}}}"
+    )
+    views = "data.views=[{texts: [caption, name]}, {texts: [name], max_tokens: 6}]"
+    run("train", tiny_config, sources, views, "loss.duplicates=negative", "train.samples=32")
+    for row in rows(tmp_path / "run"):
+        mix = row["mix"]
+        assert (mix["source/tiny"], mix["source/other"], mix["text/1/name"]) == (0.25, 0.75, 1.0)
+        assert mix["text/0/name"] >= 0.75
+        assert set(row["loader"]) >= {"read", "decode", "tokenize", "hand-over"}
+        assert row["cache"] == {}
+        assert row["lost_workers"] == 0
+
+
 @pytest.mark.slow
 def test_a_sharded_optimizer_needs_its_number_of_ranks(tiny_config_path, tmp_path):
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}")

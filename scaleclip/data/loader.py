@@ -89,6 +89,11 @@ class TrainDataset(Dataset[Batch]):
         self._first_of_source = np.cumsum([0, *sizes[:-1]])
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of a text in a batch: those of the widest view, since the tower takes all views at once."""
+        return max(view.max_tokens or self._tokenizer.context_length for view in self._data.views)
+
+    @property
     def num_streams(self) -> int:
         """Canonical streams that the rank reads."""
         per_stream = self._order.global_batch // self._order.canonical_streams
@@ -158,9 +163,7 @@ class TrainDataset(Dataset[Batch]):
             self._tokenizer(each, max_tokens=view.max_tokens, keep=view.keep, randoms=randoms)
             for each, view in zip(texts, self._data.views, strict=True)
         ]
-        # the tower takes all views at once
-        widest = max(each.shape[1] for each in tokens)
-        tokens_BT = tuple(pad(each, (0, widest - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
+        tokens_BT = tuple(pad(each, (0, self.num_tokens - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
         clock.lap("tokenize")
         patch_seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, slots.epoch_N, sample_B).astype(np.int64))
         return Batch(

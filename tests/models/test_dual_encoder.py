@@ -207,7 +207,7 @@ def test_sdpa_attention_is_used() -> None:
 
 
 def flops_of(config: ModelConfig) -> int:
-    return forward_flops(DualEncoder(config), config)
+    return forward_flops(DualEncoder(config), config, config.text.context_length)
 
 
 @pytest.mark.parametrize("image", IMAGE_TOWERS)
@@ -228,6 +228,9 @@ def test_forward_flops_are_those_of_the_matrices() -> None:
     dropped = flops_of(model_config(image={"config": VIT, "patch_dropout": 0.5}))
     assert dropped == expected - tower(17, 32, 64, 2) + tower(9, 32, 64, 2)
     assert flops_of(model_config(activation_checkpointing=True)) == expected
+    config = model_config()
+    three_short_views = forward_flops(DualEncoder(config), config, num_tokens=6, num_views=3)
+    assert three_short_views == expected + 3 * tower(6, 32, 64, 2) - tower(10, 32, 64, 2) + 2 * 2 * 32 * 16
     bert_pooler = 2 * 32 * 32
     assert flops_of(model_config(text=TEXT_TOWERS["bert"])) == expected + bert_pooler
 
