@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from scaleclip.errors import RunError
 _AUGMENT, _PATCHES = 0, 1
 _GRACE_S = 60
 _MOST_DEATHS = 5
+_REAP_S = 1.0
 _WORKER_DIED = "exited unexpectedly"  # as torch.utils.data says it
 _log = logging.getLogger(__name__)
 
@@ -236,8 +238,8 @@ class TrainBatches(Iterator[Batch]):
         while True:
             try:
                 batch = next(self._batches)
-            except RuntimeError as error:
-                if _WORKER_DIED not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._is_death(error):
                     raise
                 self._replace_workers(error)
                 continue
@@ -275,7 +277,15 @@ class TrainBatches(Iterator[Batch]):
         signal.signal(signal.SIGCHLD, handler)
         return batches
 
-    def _replace_workers(self, error: RuntimeError) -> None:
+    def _is_death(self, error: Exception) -> bool:
+        """Whether a loader process died, and not something in it failed."""
+        if isinstance(error, RuntimeError):
+            return _WORKER_DIED in str(error)
+        # the tensors of a batch are fetched from the process that made it, which may be gone by then
+        workers = getattr(self._batches, "_workers", [])
+        return bool(wait([worker.sentinel for worker in workers], timeout=_REAP_S))
+
+    def _replace_workers(self, error: Exception) -> None:
         self.lost_workers += 1
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > _MOST_DEATHS:

@@ -6,6 +6,7 @@ nothing about names or sizes and is skipped.
 
 import io
 import mmap
+import re
 import struct
 import tarfile
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ BLOCK = 512
 _END = bytes(BLOCK)
 # name, size, checksum, type, magic, prefix (POSIX.1-1988 ustar)
 _HEADER = struct.Struct("100s24x12s12x8s1s100x6s82x155s12x")
+_NUL, _FILL = b"\0", b" \0"
+_USTAR = (b"ustar\0", b"ustar ")
+_USUAL = (b"0", b"x", b"\0", b"5")  # files, pax headers, folders
 _REGULAR = (b"0", b"\0")
 _PAX = b"x"
-_NAMES_OR_SIZES = (b"path=", b"size=", b"GNU.sparse")
+_NAMES_OR_SIZES = re.compile(rb"path=|size=|GNU\.sparse")
 
 
 class Member(NamedTuple):
@@ -35,7 +39,7 @@ class TarDamage(ValueError):
     """A header that is none, or that is cut off."""
 
 
-def walk(data: bytes | mmap.mmap, start: int = 0, *, whole: bool = False) -> Iterator[Member]:
+def walk(data: memoryview | mmap.mmap | bytes, start: int = 0, *, whole: bool = False) -> Iterator[Member]:
     """The regular files from the header at `start` to the end mark or the end of `data`.
 
     Args:
@@ -47,35 +51,34 @@ def walk(data: bytes | mmap.mmap, start: int = 0, *, whole: bool = False) -> Ite
     Raises:
         TarDamage: a header is broken or cut off, or the end mark is missing.
     """
-    at, last = start, len(data) - BLOCK
+    at, last, unpack = start, len(data) - BLOCK, _HEADER.unpack_from
     while at <= last:
-        name, size, checksum, kind, magic, prefix = _HEADER.unpack_from(data, at)
+        name, size, checksum, kind, magic, prefix = unpack(data, at)
         if not name[0] and data[at : at + BLOCK] == _END:
             return
-        if whole or magic[:5] != b"ustar":
-            _check(data[at : at + BLOCK], checksum, at)
+        if whole or magic not in _USTAR:
+            _check(bytes(data[at : at + BLOCK]), checksum, at)
         begin = at + BLOCK
-        if size[0] >= 0x80 or kind not in b"0\0x5":
+        if size[0] >= 0x80 or kind not in _USUAL:
             member, at = _by_library(data, at)
             if member:
                 yield member
             continue
         try:
-            num_bytes = int(size.rstrip(b" \0") or b"0", 8)
+            num_bytes = int(size.rstrip(_FILL) or b"0", 8)
         except ValueError:
             raise TarDamage(f"no size in the header at byte {at}") from None
-        after = begin + (num_bytes + BLOCK - 1) // BLOCK * BLOCK
+        after = begin + (num_bytes + BLOCK - 1 & -BLOCK)
         if kind == _PAX:
-            said = data[begin : begin + num_bytes]
-            if any(word in said for word in _NAMES_OR_SIZES):
+            if _NAMES_OR_SIZES.search(data, begin, begin + num_bytes):
                 member, at = _by_library(data, at)
                 if member:
                     yield member
                 continue
         elif kind in _REGULAR:
-            path = name.partition(b"\0")[0]
+            path = name[: name.find(_NUL)] if _NUL in name else name
             if prefix[0] and magic == b"ustar\0":
-                path = prefix.partition(b"\0")[0] + b"/" + path
+                path = prefix.partition(_NUL)[0] + b"/" + path
             yield Member(path.decode("utf-8", "surrogateescape"), begin, num_bytes, after)
         at = after
     if whole or at < len(data):
@@ -99,10 +102,9 @@ def _check(header: bytes, checksum: bytes, at: int) -> None:
         raise TarDamage(f"the bytes at {at} are no header")
 
 
-def _by_library(data: bytes | mmap.mmap, at: int) -> tuple[Member | None, int]:
+def _by_library(data: memoryview | mmap.mmap | bytes, at: int) -> tuple[Member | None, int]:
     """The entry at `at`, which may take several headers (long names), and where the next begins."""
-    file = io.BytesIO(data[at:]) if isinstance(data, bytes) else data
-    base = at if isinstance(data, bytes) else 0
+    file, base = (data, 0) if isinstance(data, mmap.mmap) else (io.BytesIO(data[at:]), at)
     file.seek(at - base)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -31,6 +31,7 @@ class TarReader:
     def __init__(self, shards: Sequence[str], cache: ShardCache, indexes: Path | None = None) -> None:
         self._shards, self._cache, self._indexes = shards, cache, indexes
         self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._buffer = memoryview(bytearray(1 << 20))
 
     def fetch(self, shard: int) -> None:
         """Have the shard and its index at hand. Raises SampleError when it cannot be had."""
@@ -38,7 +39,11 @@ class TarReader:
 
     def __call__(self, shard: int, ordinal: int) -> Sample:
         """Raises SampleError when the sample cannot be had."""
-        return self._open(shard).read(ordinal)
+        opened = self._open(shard)
+        start, stop = opened.span(ordinal)
+        if stop - start > len(self._buffer):
+            self._buffer = memoryview(bytearray(stop - start))
+        return opened.read(ordinal, start, self._buffer[: stop - start])
 
     def keys(self, shard: int) -> Sequence[str]:
         """Of all its samples. Raises SampleError when the shard cannot be had."""
@@ -80,23 +85,28 @@ class _Shard:
             cause = _MISSING if isinstance(error, FileNotFoundError) else "unreadable_shard"
             raise SampleError(cause, f"{path}: {error.strerror}") from error
 
-    def read(self, ordinal: int) -> Sample:
+    def span(self, ordinal: int) -> tuple[int, int]:
+        """First and last + 1 byte of a sample. Raises SampleError where there is none."""
         num_samples = len(self._starts) - 1
         if ordinal >= num_samples:
             cause = "truncated_shard" if self._truncated else "missing_sample"
             raise SampleError(cause, f"{self._path} holds {num_samples} samples, sample {ordinal} was asked for")
-        start, stop = int(self._starts[ordinal]), int(self._starts[ordinal + 1])
+        return self._starts.item(ordinal), self._starts.item(ordinal + 1)
+
+    def read(self, ordinal: int, start: int, span: memoryview) -> Sample:
+        """The sample at `start`, by way of `span`: memory of its size that was used before, since fresh memory costs most."""
         try:
-            span = os.pread(self._file, stop - start, start)
+            # not mapped: what is cut off since would end the process
+            num_read = os.preadv(self._file, [span], start)
         except OSError as error:
             raise SampleError("unreadable_shard", f"{self._path}: {error.strerror}") from error
-        if len(span) < stop - start:
+        if num_read < len(span):
             raise SampleError("truncated_shard", f"{self._path} ends within sample {ordinal}")
         key, members = "", {}
         try:
             for name, offset, size, _ in walk(span):
                 key, extension = split_name(name)
-                members[extension] = span[offset : offset + size]
+                members[extension] = span[offset : offset + size].tobytes()
         except TarDamage as error:
             raise SampleError("corrupt_shard", f"{self._path}, sample {ordinal}: {error}; was it changed since?") from None
         return Sample(key, members)

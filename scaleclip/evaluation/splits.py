@@ -78,7 +78,8 @@ class SplitData:
                 try:
                     sample = self._reader(shard, index)
                     picture = open_image(sample.image(members), max_pixels)
-                    image = picture.decode(centre_crop(picture.height, picture.width), size)
+                    crop = centre_crop(picture.height, picture.width)
+                    image = picture.decode(crop, crop.height)  # every pixel: figures are compared with other systems'
                 except SampleError as error:
                     raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
                 if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):

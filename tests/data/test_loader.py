@@ -4,10 +4,12 @@ import json
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import write_tiny_config
 from helpers import make_sample, write_tar
 from scaleclip.config import load_config
 from scaleclip.data.cache import ShardCache
@@ -192,6 +194,30 @@ def test_the_loader_says_where_its_time_goes(tiny_config):
 
 def worker_pids(batches):
     return [worker.pid for worker in batches._batches._workers]
+
+
+def own_mib(pids):
+    """Memory of processes that they do not share with others."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+@pytest.mark.slow
+def test_memory_of_eight_workers_stays_flat_over_1000_batches(tmp_path):
+    """Over 16 epochs of 200 shards of which each comes and goes; the first epochs fill the caches of open shards."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(200):
+        write_tar(tmp_path / "shards" / f"{shard:05d}.tar", [make_sample(10 * shard + i) for i in range(10)])
+    path = write_tiny_config(tmp_path, tmp_path / "shards")
+    config, dataset = open_dataset(path, ["data.workers=8", "train.global_batch=32", "data.canonical_streams=16"])
+    batches = TrainBatches(dataset, 0, 1000, config.data)
+    at = {}
+    for number, _ in enumerate(batches, start=1):
+        if number in (250, 500, 750, 980):
+            at[number] = own_mib([os.getpid(), *worker_pids(batches)])
+    batches.close()
+    print(at)
+    assert max(at.values()) < 1.02 * at[250], at
 
 
 @pytest.mark.parametrize("killed_at", [0, 3])

@@ -101,5 +101,5 @@ def _draw_processes(axis: Any, rows: Sequence[Row]) -> None:
     axis.set(yscale="log", xlabel="loader processes", ylabel="samples a CPU-second")
     axis.set_xticks(sorted({row.workers for row in rows}))
     axis.set_title("training pipeline, in loader processes", loc="left", fontsize=10)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     axis.grid(visible=True, alpha=0.3)
