@@ -66,6 +66,7 @@ def evaluate(
     from rich.console import Console
 
     from scaleclip import checkpoint
+    from scaleclip.data.cache import ShardCache
     from scaleclip.data.tokenizer import load_tokenizer
     from scaleclip.evaluation.evaluate import evaluate as run_evaluation
     from scaleclip.evaluation.results import write_results
@@ -82,7 +83,8 @@ def evaluate(
     model = DualEncoder(config.model).to(device)
     model.load_state_dict(checkpoint.load_weights(newest))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-    figures = run_evaluation(model, tokenizer, open_splits(split or config.eval.splits), config)
+    splits = open_splits(split or config.eval.splits, ShardCache(config.data.cache))
+    figures = run_evaluation(model, tokenizer, splits, config)
     step = checkpoint.read_state(newest).step
     if not split:
         write_results(run, step, figures)

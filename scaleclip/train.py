@@ -51,7 +51,7 @@ def train(config: RunConfig) -> Path:
     with distributed.all_or_none():
         cache = ShardCache(config.data.cache)
         sources = open_sources(config.data.sources, cache)
-        splits = open_splits(config.eval.splits)
+        splits = open_splits(config.eval.splits, cache)
         tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
         check_tokenizer(config.model.text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
         dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size)

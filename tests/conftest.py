@@ -10,6 +10,8 @@ if os.environ.get("TRITON_INTERPRET") != "0":  # which `make test-gpu` sets
     import triton_interpreter  # noqa: F401  # before anything imports triton
 
 from helpers import make_sample, write_tar
+from scaleclip.config import CacheConfig
+from scaleclip.data.cache import ShardCache
 
 
 def write_shards(folder: Path) -> Path:
@@ -48,6 +50,12 @@ def write_tiny_config(folder: Path, shards: Path) -> Path:
 def shards(tmp_path: Path) -> Path:
     """A folder of small shards that the test may damage."""
     return write_shards(tmp_path / "shards")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    """A cache of the test's own."""
+    return ShardCache(CacheConfig(folder=str(tmp_path / "cache")))
 
 
 @pytest.fixture

@@ -175,6 +175,14 @@ def test_differing_keys_are_those_that_decide_the_training():
     assert all(any(key == free or key.startswith(f"{free}.") for key in known) for free in FREE_ON_RESUME)
 
 
+def test_a_tower_that_reads_its_last_token_wants_its_whole_context():
+    text = {"type": "siglip_text_model", "context_length": 64}
+    data = {"sources": {"a": {"shards": "x.tar"}}, "views": [{"max_tokens": 32}, {"max_tokens": 16}]}
+    config = parse_config({"data": data, "model": {"text": text}, "train": {"samples": 100_000}})
+    with pytest.raises(ConfigError, match=r"max_tokens=32 is below model\.text\.context_length=64.*set .*context_length=32"):
+        validate(config, world_size=1)
+
+
 def test_a_source_may_move_but_not_change_its_part_of_a_batch():
     old = load_config(ROOT / "configs" / "demo.yaml")
     moved = ["data.sources.demo.shards=s3://b/*.tar", "data.sources.demo.manifest=m", "data.cache.limit_gib=1"]
@@ -205,12 +213,17 @@ def test_a_source_may_move_but_not_change_its_part_of_a_batch():
             "at least one weight must be above 0",
         ),
         (
+            {"sources": {"a": {"shards": "x.tar"}}, "views": [{"texts": []}]},
+            "at least one weight must be above 0",
+        ),
+        (
             {"sources": {"a": {"shards": "x.tar"}}, "views": [{"max_tokens": 99}]},
             "data.views[0].max_tokens=99 is above model.text.context_length=77",
         ),
     ],
 )
 def test_rules_of_sources_and_views(data, message):
+    """Of a configuration that is right otherwise."""
     config = parse_config({"data": data, "train": {"samples": 100_000}})
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size=1)

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from scaleclip.config import CacheConfig, DataConfig, Section, SourceConfig, resolve_path
+from scaleclip.config import DataConfig, Section, SourceConfig, resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_shards
@@ -53,7 +53,7 @@ class Split(Section):
 class SplitData:
     """A split and its images; the shards lie beside the description and share its stem."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cache: ShardCache) -> None:
         try:
             self.split = Split.model_validate(json.loads(path.read_text()))
         except (OSError, ValueError, ValidationError) as error:
@@ -62,7 +62,7 @@ class SplitData:
         if strange:
             raise ConfigError(f"eval.splits: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
         patterns = [f"{path.with_suffix('')}-*.tar"]
-        self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, ShardCache(CacheConfig()))
+        self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, cache)
 
     def images(self, size: int, batch: int) -> Iterator[tuple[list[str], Tensor]]:
         """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order.
@@ -93,8 +93,8 @@ class SplitData:
             yield keys, torch.stack(pixels)
 
 
-def open_splits(patterns: Sequence[str]) -> list[SplitData]:
-    """The splits that patterns (paths, globs, `package:`) name.
+def open_splits(patterns: Sequence[str], cache: ShardCache) -> list[SplitData]:
+    """The splits that patterns (paths, globs, `package:`) name; `cache` keeps what is made from their shards.
 
     Raises:
         ConfigError: a pattern matches nothing, or a file is no split.
@@ -104,5 +104,5 @@ def open_splits(patterns: Sequence[str]) -> list[SplitData]:
         paths = [path for path in sorted(glob.glob(resolve_path(pattern))) if not path.endswith("_stats.json")]
         if not paths:
             raise ConfigError(f"eval.splits: nothing matches {pattern!r}")
-        splits += [SplitData(Path(path)) for path in paths]
+        splits += [SplitData(Path(path), cache) for path in paths]
     return splits

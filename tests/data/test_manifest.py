@@ -10,18 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import make_sample, write_tar
-from scaleclip.config import CacheConfig
-from scaleclip.data.cache import ShardCache
 from scaleclip.data.manifest import write_manifest
 from scaleclip.data.shards import expand_shards
 from scaleclip.data.source import open_shards
 from scaleclip.data.subset import Choice, write_subset
 from scaleclip.errors import ConfigError
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ShardCache(CacheConfig(folder=str(tmp_path / "cache")))
 
 
 @pytest.fixture

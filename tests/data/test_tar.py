@@ -9,19 +9,12 @@ import pytest
 import webdataset
 
 from helpers import encode_image, make_sample, write_tar
-from scaleclip.config import CacheConfig
-from scaleclip.data.cache import ShardCache
 from scaleclip.data.index import index_tar, load_index
 from scaleclip.data.sample import SampleError
 from scaleclip.data.tar import TarDamage, split_name, walk
 from scaleclip.data.webdataset import TarReader
 
 NAMES = ["a.jpg", "folder/b.txt", "ü/ж.json", "d" * 90 + "/" + "e" * 90 + ".txt", "x" * 120 + ".jpg", "f" * 300 + ".txt"]
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ShardCache(CacheConfig(folder=str(tmp_path / "cache")))
 
 
 def tar_of(names, tar_format, **options):

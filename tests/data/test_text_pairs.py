@@ -10,8 +10,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from scaleclip.config import CacheConfig, TextSourceConfig
-from scaleclip.data.cache import ShardCache
+from scaleclip.config import TextSourceConfig
 from scaleclip.data.rows import RowReader
 from scaleclip.data.sample import Sample, SampleError
 from scaleclip.data.text_pairs import TextPairs
@@ -20,11 +19,6 @@ from scaleclip.errors import ConfigError
 
 TOKENIZER = load_tokenizer("demo", 16)
 CYCLE = 1024
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ShardCache(CacheConfig(folder=str(tmp_path / "cache")))
 
 
 def row(name, number, **changes):

@@ -87,17 +87,17 @@ def split(tmp_path):
     return tmp_path / "held.json"
 
 
-def test_a_split_gives_its_images_in_order(split):
-    [data] = open_splits([str(split.parent / "*.json")])
+def test_a_split_gives_its_images_in_order(split, cache):
+    [data] = open_splits([str(split.parent / "*.json")], cache)
     batches = list(data.images(size=24, batch=2))
     assert [key for keys, _ in batches for key in keys] == [f"{i:09d}" for i in range(5)]
     assert [tuple(pixels.shape) for _, pixels in batches] == [(2, 3, 24, 24), (2, 3, 24, 24), (1, 3, 24, 24)]
 
 
-def test_faults_of_a_split_are_errors(split):
+def test_faults_of_a_split_are_errors(split, cache):
     with pytest.raises(ConfigError, match="nothing matches"):
-        open_splits(["/nowhere/*.json"])
+        open_splits(["/nowhere/*.json"], cache)
     tree = json.loads(split.read_text())
     split.write_text(json.dumps(tree | {"galery": []}))
     with pytest.raises(ConfigError, match="cannot be read as a split"):
-        open_splits([str(split)])
+        open_splits([str(split)], cache)
