@@ -140,7 +140,8 @@ class DataConfig(Section):
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Height x width above which an image counts as a decompression bomb and is not decoded."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The run stops when more than this share of the samples since its start could not be used."""
+    """The run stops when more than this share of the samples since its start, or of 10,000 or more since the last log step,
+    could not be used."""
 
 
 class ImageTowerConfig(Section):

@@ -35,6 +35,9 @@ from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.schedule import learning_rate
 from scaleclip_kernels.gemm import fp32_library
 
+# of a share that says something
+_ENOUGH_SAMPLES = 10_000
+
 
 def train(config: RunConfig) -> Path:
     """Train the run that `config` describes, or go on with it where it stopped, and evaluate it. Every rank calls.
@@ -96,7 +99,9 @@ def train(config: RunConfig) -> Path:
         if world.is_main:
             metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
     peak = peak_tflops(world.device)
-    tally, quarantine = Tally(), Quarantine(folder if world.is_main else None)
+    tally = Tally()
+    with distributed.all_or_none():
+        quarantine = Quarantine(folder if world.is_main else None)
     samples_an_epoch = sum(source.manifest.num_samples for source in sources)
     interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
     model.train()
@@ -137,7 +142,10 @@ def train(config: RunConfig) -> Path:
                 signals, tally = _exchange(tally, stop, state)
                 with distributed.all_or_none():
                     quarantine.add(tally.faults)
-                _check_health(loss_now, grad_norm.item(), state, config, quarantine)
+                _check_health(loss_now, grad_norm.item(), state, config)
+                _check_data(
+                    len(tally.faults), (state.step - logged_step) * config.train.global_batch, state, config, quarantine
+                )
                 tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
                 with distributed.all_or_none():
                     if metrics:
@@ -215,7 +223,7 @@ def _exchange(tally: Tally, stop: StopSignal, state: TrainState) -> tuple[int, T
     return max(int(received) for _, received in every), whole
 
 
-def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig, quarantine: Quarantine) -> None:
+def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig) -> None:
     """Raise, on every rank alike, when going on would waste the run or save what is spoilt."""
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise RunError(
@@ -223,10 +231,21 @@ def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunC
             f"{config.metrics.log_every_steps} steps, and checkpoints are from before. Start another run.folder with a lower "
             f"optim.lr, a longer optim.warmup_samples or train.precision=fp32"
         )
-    bad = sum(state.faults.values())
-    if bad > config.data.max_bad_fraction * state.samples:
+
+
+def _check_data(bad_lately: int, seen_lately: int, state: TrainState, config: RunConfig, quarantine: Quarantine) -> None:
+    """Raise, on every rank alike, when too many samples could not be used, of all or of the last ones.
+
+    A store that fails after billions of good samples would not show in the share of all.
+    """
+    bad_of_seen = [(sum(state.faults.values()), state.samples)]
+    if seen_lately >= _ENOUGH_SAMPLES:
+        bad_of_seen.append((bad_lately, seen_lately))
+    for bad, seen in bad_of_seen:
+        if bad <= config.data.max_bad_fraction * seen:
+            continue
         raise RunError(
-            f"{bad:,} of {state.samples:,} samples could not be used ({state.faults}), more than "
+            f"{bad:,} of the last {seen:,} samples could not be used (of all since the run's start: {state.faults}), more than "
             f"data.max_bad_fraction={config.data.max_bad_fraction}; the worst shards: {quarantine.worst()}. Mend or replace "
             f"them, leave out what quarantine.jsonl in {config.run.folder} lists (`scaleclip data subset --drop`), or raise "
             f"the limit"

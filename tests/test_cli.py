@@ -61,6 +61,7 @@ def test_data_index_and_subset_write_manifests(shards, tmp_path):
     assert f"{part}: 7 of 32 samples" in said("data", "subset", f"{shards}/*.tar", "--out", part, *where)
 
 
+@pytest.mark.slow
 def test_data_convert_goes_both_ways(shards, tmp_path):
     mds, tars = tmp_path / "mds", tmp_path / "tars"
     assert "32 samples" in said("data", "convert", f"{shards}/*.tar", "--out", mds, "--compression", "zstd")

@@ -277,7 +277,7 @@ def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limi
     assert rows(folder)[-1]["invalid"] == {"tiny/undecodable_image": 4}
     code, output = finish(start("train", tiny_config, f"run.folder={tmp_path}/other"))
     assert code == 1
-    assert "samples could not be used ({'tiny/undecodable_image':" in output
+    assert "samples could not be used (of all since the run's start: {'tiny/undecodable_image':" in output
     assert f"data.max_bad_fraction=0.1; the worst shards: {shards}/00001.tar (tiny): " in output
     listed = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["sample"] for row in listed) == [0, 1, 2, 3]

@@ -146,6 +146,7 @@ class ShardCache:
         """
         with _reading(path):
             stored = self._derived_file(path, kind)
+        self._here.failures.check(stored.name)
         try:
             (self._folder / "locks").mkdir(parents=True, exist_ok=True)
             if _touch(stored):
@@ -157,8 +158,21 @@ class ShardCache:
                     self._make_room()
                     self._store(stored, content)
         except OSError as error:
-            raise SampleError("unwritable_cache", f"data.cache.folder={self._folder}: {error}: it must be writable") from error
+            problem = SampleError("unwritable_cache", f"data.cache.folder={self._folder}: {error}: it must be writable")
+            # not made again for each of its samples
+            self._here.failures.add(stored.name, problem)
+            raise problem from error
         return str(stored)
+
+    def touch(self, url: str) -> None:
+        """A remote shard is in use: it is not the next to go."""
+        if is_remote(url):
+            _touch(self._copy(url))
+
+    def drop_derived(self, path: str, kind: str) -> None:
+        """Forget what `derived` keeps of a file, which turned out to be damaged."""
+        with _reading(path):
+            self._derived_file(path, kind).unlink(missing_ok=True)
 
     def drop(self, url: str) -> None:
         """Forget the copy of a remote shard, which turned out to be damaged; the next `path` fetches it again."""
@@ -259,6 +273,8 @@ class ShardCache:
         partial = self._partial(target.name)
         try:
             partial.write_bytes(content)
+            # a crash of the machine must not leave a hole in a file that has its final name
+            _sync(partial)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -476,6 +492,8 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # no fault of the file: the caller has too many open
         cause = "missing_shard" if isinstance(error, FileNotFoundError) else "unreadable_shard"
         raise SampleError(cause, f"{path}: {error.strerror or error}") from error
 
@@ -516,8 +534,8 @@ def _touch(path: Path) -> bool:
         os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except PermissionError:
-        pass  # another user's copy can be read all the same
+    except OSError:
+        pass  # another user's copy, or one on a disk that became read-only, can be read all the same
     return True
 
 

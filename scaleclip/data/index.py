@@ -29,6 +29,8 @@ class TarIndex:
     """[S] key of each sample; a tar may hold one twice."""
     truncated: bool
     """The tar ends without its end mark; what stood whole before is here."""
+    num_bytes: int
+    """Size of the tar."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -37,7 +39,7 @@ class TarIndex:
         """The bytes of an index file."""
         out = io.BytesIO()
         keys = np.frombuffer(_SEPARATOR.join(self.keys).encode("utf-8", "surrogateescape"), np.uint8)
-        np.savez(out, block=self.block_S1, keys=keys, truncated=np.array(self.truncated))
+        np.savez(out, block=self.block_S1, keys=keys, truncated=np.array(self.truncated), size=np.array(self.num_bytes))
         return out.getvalue()
 
 
@@ -49,8 +51,9 @@ def index_tar(path: str) -> TarIndex:
     Raises:
         OSError: the file cannot be read.
     """
-    if os.path.getsize(path) == 0:
-        return TarIndex(np.zeros(1, np.uint32), (), truncated=True)
+    num_bytes = os.path.getsize(path)
+    if num_bytes == 0:
+        return TarIndex(np.zeros(1, np.uint32), (), truncated=True, num_bytes=0)
     keys: list[str] = []
     blocks: list[int] = []
     extensions: set[str] = set()
@@ -74,7 +77,7 @@ def index_tar(path: str) -> TarIndex:
         # the last sample is cut off, or may lack files that would have followed
         keys.pop()
         end = blocks.pop() * BLOCK
-    return TarIndex(np.array([*blocks, end // BLOCK], np.uint32), tuple(keys), truncated=not whole)
+    return TarIndex(np.array([*blocks, end // BLOCK], np.uint32), tuple(keys), truncated=not whole, num_bytes=num_bytes)
 
 
 def load_blocks(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint32], bool]:
@@ -88,4 +91,4 @@ def load_index(file: str | Path | BinaryIO) -> TarIndex:
     with np.load(file) as stored:
         text = stored["keys"].tobytes().decode("utf-8", "surrogateescape")
         keys = tuple(text.split(_SEPARATOR)) if len(stored["block"]) > 1 else ()
-        return TarIndex(stored["block"], keys, bool(stored["truncated"]))
+        return TarIndex(stored["block"], keys, bool(stored["truncated"]), int(stored["size"]))

@@ -25,6 +25,7 @@ from scaleclip.config import DataConfig, RunConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.captions import CaptionPolicy
 from scaleclip.data.mixture import BatchOrder, Slots, rank_slots
+from scaleclip.data.open_shards import allow_open_files
 from scaleclip.data.order import hash64
 from scaleclip.data.prefetch import Prefetcher
 from scaleclip.data.sample import Fault, SampleError
@@ -89,6 +90,9 @@ class TrainDataset(Dataset[Batch]):
         self._order = order_of(config, sources)
         sizes = [source.manifest.num_samples for source in sources]
         self._first_of_source = np.cumsum([0, *sizes[:-1]])
+        for source in sources:
+            # what the rank's streams read at a time, and what follows
+            source.reader.open.most = 2 * self.num_streams * config.data.shuffle_shards
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +121,7 @@ class TrainDataset(Dataset[Batch]):
         return [shard for shard in shards if is_remote(shard)]
 
     def __getitem__(self, batch: int) -> Batch:
-        clock = _Clock()
+        clock = _Clock("collate")
         slots = self.slots(batch)
         num_slots = len(slots.source_N)
         sample_B = self._sample_numbers(slots)
@@ -133,26 +137,27 @@ class TrainDataset(Dataset[Batch]):
         for slot in np.flatnonzero(slots.source_N >= 0):
             source, shard, index = self.sources[slots.source_N[slot]], int(slots.shard_N[slot]), int(slots.index_N[slot])
             random = randoms[slot]
+            ordinal = source.manifest.ordinal(shard, index)
             try:
-                clock.lap("collate")
+                clock.enter("fetch")
                 source.reader.fetch(shard)
-                clock.lap("fetch")
-                ordinal = source.manifest.ordinal(shard, index)
+                clock.enter("read")
                 sample = source.reader(shard, ordinal)
-                clock.lap("read")
+                clock.enter("caption")
                 found = source.texts(sample, shard, ordinal)
                 chosen = [policy.choose(found, random) for policy in self._policies]
                 concept = source.texts.concept(sample)
-                clock.lap("caption")
+                clock.enter("decode")
                 picture = open_image(sample.image(source.image_members), self._data.max_pixels)
                 crop = random_crop(picture.height, picture.width, self._data, random)
                 pixels = picture.decode(crop, self._size)
-                clock.lap("decode")
+                clock.enter("resize")
                 pixels_BCHW[slot] = resize(pixels, self._size, crop.flip)
-                clock.lap("resize")
             except SampleError as error:
-                faults.append(Fault(source.name, source.manifest.shards[shard], index, error.cause, error.detail))
+                faults.append(Fault(source.name, source.manifest.shards[shard], ordinal, error.cause, error.detail))
                 continue
+            finally:
+                clock.enter("collate")
             keys[slot], valid_B[slot] = sample.key, True
             if concept is not None:
                 ids_B[slot] = _concept_id(concept)
@@ -160,17 +165,17 @@ class TrainDataset(Dataset[Batch]):
             for view, caption in enumerate(chosen):
                 texts[view][slot] = caption.text
                 counts[f"text/{view}/{caption.name}"] += 1
-        clock.lap("collate")
+        clock.enter("tokenize")
         tokens = [
             self._tokenizer(each, max_tokens=view.max_tokens, keep=view.keep, randoms=randoms)
             for each, view in zip(texts, self._data.views, strict=True)
         ]
         tokens_BT = tuple(pad(each, (0, self.num_tokens - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
-        clock.lap("tokenize")
+        clock.enter("collate")
         patch_seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, slots.epoch_N, sample_B).astype(np.int64))
         return Batch(
             pixels_BCHW, tokens_BT, ids_B, valid_B, patch_seeds_B, tuple(keys), tuple(faults), dict(counts),
-            dict(self.cache.take_counts()), clock.spent_s, ready_s=time.monotonic(),
+            dict(self.cache.take_counts()), clock.read(), ready_s=time.monotonic(),
         )  # fmt: skip
 
     def _sample_numbers(self, slots: Slots) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -227,12 +232,13 @@ class TrainBatches(Iterator[Batch]):
         self._dataset, self._next, self._last = dataset, first, last
         self._config, self._pin_memory = config, pin_memory
         self.lost_workers = 0
-        """Loader processes that died."""
+        """Times that loader processes died and all were replaced."""
         self._deaths_in_a_row = 0
-        self._prefetcher = _prefetcher(dataset, config, local_ranks)
-        if self._prefetcher:
-            self._prefetcher.start(first, last)
-        self._batches = self._start_workers()
+        self._local_ranks = local_ranks
+        self._batches: Iterator[Batch] = iter(())
+        self._prefetcher: Prefetcher | None = None
+        allow_open_files()
+        self._start()
 
     def __next__(self) -> Batch:
         while True:
@@ -253,10 +259,19 @@ class TrainBatches(Iterator[Batch]):
             return batch
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes and threads."""
+        # torch ends the processes at the end of the iterator, which the frames of an exception may keep
+        getattr(self._batches, "_shutdown_workers", int)()
         self._batches = iter(())
         if self._prefetcher:
             self._prefetcher.close()
+
+    def _start(self) -> None:
+        # processes first: a fork must not copy what the prefetcher's threads hold, the locks of imports among it
+        self._batches = self._start_workers()
+        self._prefetcher = _prefetcher(self._dataset, self._config, self._local_ranks)
+        if self._prefetcher:
+            self._prefetcher.start(self._next, self._last)
 
     def _start_workers(self) -> Iterator[Batch]:
         workers = self._config.workers
@@ -294,22 +309,28 @@ class TrainBatches(Iterator[Batch]):
                 f"out-of-memory kill in dmesg, lower data.workers or data.max_pixels, or set data.workers=0 to see where it "
                 f"dies"
             ) from error
-        _log.warning(f"batch {self._next}: {error}; new loader processes go on from there")
-        self._batches = self._start_workers()
+        _log.warning(f"batch {self._next}: {error!r}; new loader processes go on from there")
+        self.close()
+        self._start()
 
 
 class _Clock:
     """Seconds by stage."""
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.spent_s: dict[str, float] = {}
+    def __init__(self, stage: str) -> None:
+        self._stage, self._since = stage, time.perf_counter()
+        self._spent_s: dict[str, float] = {}
 
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap to a stage."""
+    def enter(self, stage: str) -> None:
+        """What follows is another stage."""
         now = time.perf_counter()
-        self.spent_s[stage] = self.spent_s.get(stage, 0.0) + now - self._last
-        self._last = now
+        self._spent_s[self._stage] = self._spent_s.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+    def read(self) -> dict[str, float]:
+        """Until now."""
+        self.enter(self._stage)
+        return self._spent_s
 
 
 def _prefetcher(dataset: TrainDataset, config: DataConfig, local_ranks: int) -> Prefetcher | None:

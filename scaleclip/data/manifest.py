@@ -1,13 +1,15 @@
 """The manifest: which shards a source has and how many samples lie in each. The order of samples needs nothing else.
 
 `scaleclip data index` writes one as a folder: `manifest.parquet` with a row a shard, `index/` with where each sample lies, and
-for a subset (`scaleclip data subset`) `kept.npy` with the ordinals of the samples that it keeps.
+for a subset (`scaleclip data subset`) `kept-DIGEST.npy` with the ordinals of the samples that it keeps.
 """
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +25,13 @@ from scaleclip.config import resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.index import index_tar, load_index
 from scaleclip.data.sample import SampleError
-from scaleclip.data.shards import is_remote, read_remote
+from scaleclip.data.shards import file_name, is_remote, read_remote
 from scaleclip.data.webdataset import index_path
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 
-_TABLE, INDEXES, _KEPT = "manifest.parquet", "index", "kept.npy"
+_TABLE, INDEXES = "manifest.parquet", "index"
+_NUM_READERS = 32
 _KEPT_DIGEST = b"kept"
 
 
@@ -45,7 +48,7 @@ class Manifest:
     folder: Path | None = None
     """Where the manifest lies, with the indexes of its tars."""
     first_kept: NDArray[np.int64] | None = None
-    """[shards] of a subset: where each shard's ordinals begin in `kept.npy`."""
+    """[shards] of a subset: where each shard's ordinals begin among those kept."""
     kept_digest: str = ""
     """Of a subset: digest of the ordinals."""
 
@@ -73,7 +76,7 @@ class Manifest:
     def _kept(self) -> NDArray[np.uint32]:
         assert self.folder is not None
         # mapped: a node's processes share what they touch of it
-        kept: NDArray[np.uint32] = np.load(self.folder / _KEPT, mmap_mode="r")
+        kept: NDArray[np.uint32] = np.load(_kept_file(self.folder, self.kept_digest), mmap_mode="r")
         return kept
 
 
@@ -137,7 +140,8 @@ def stats_counts(key: str, shards: Sequence[str]) -> NDArray[np.int64]:
     Raises:
         ConfigError: a file is missing or has no count.
     """
-    return np.array([_stats_count(key, shard) for shard in shards], np.int64)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        return np.array(list(pool.map(_stats_count, [key] * len(shards), shards)), np.int64)
 
 
 def write_manifest(shards: Sequence[str], folder: Path, cache: ShardCache, workers: int) -> Iterator[Counted]:
@@ -167,12 +171,20 @@ def write_table(
     table = pa.table({"shard": list(names), "samples": pa.array(samples, pa.int64())})
     if kept is not None:
         ordinals = np.concatenate([*kept, np.zeros(0, np.uint32)]).astype(np.uint32)
-        np.save(folder / _KEPT, ordinals)
-        table = table.replace_schema_metadata({_KEPT_DIGEST: hashlib.sha256(ordinals.tobytes()).hexdigest()[:16]})
+        digest = hashlib.sha256(ordinals.tobytes()).hexdigest()[:16]
+        out = io.BytesIO()
+        np.save(out, ordinals)
+        # another file for other ordinals: runs may have the old ones open
+        write_atomic(_kept_file(folder, digest), out.getvalue())
+        table = table.replace_schema_metadata({_KEPT_DIGEST: digest})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     # last, so that a folder with a table is whole
     write_atomic(folder / _TABLE, buffer.getvalue().to_pybytes())
+
+
+def _kept_file(folder: Path, digest: str) -> Path:
+    return folder / f"kept-{digest}.npy"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -187,15 +199,10 @@ def check_names(names: Sequence[str]) -> None:
         seen.add(name)
 
 
-def file_name(shard: str) -> str:
-    """The name of a tar in a manifest."""
-    return shard.rpartition("/")[2]
-
-
 def _index_shard(shard: str, folder: Path, cache: ShardCache) -> Counted:
     target = index_path(folder / INDEXES, shard)
     try:
-        if not target.exists():
+        if not _is_current(target, shard):
             write_atomic(target, index_tar(cache.path(shard)).pack())
     except OSError as error:
         return Counted(shard, 0, False, 0, error.strerror or str(error))
@@ -205,13 +212,22 @@ def _index_shard(shard: str, folder: Path, cache: ShardCache) -> Counted:
     return Counted(shard, len(index), index.truncated, len(index) - len(set(index.keys)), "")
 
 
+def _is_current(index: Path, shard: str) -> bool:
+    """Whether a shard was indexed whole and, where that costs nothing to see, has its size still."""
+    if not index.exists():
+        return False
+    known = load_index(index)
+    return not known.truncated and (is_remote(shard) or known.num_bytes == os.path.getsize(shard))
+
+
 def _stats_count(key: str, shard: str) -> int:
     stats = shard.removesuffix(".tar") + "_stats.json"
     try:
         text = read_remote(stats) if is_remote(stats) else Path(stats).read_bytes()
         return int(json.loads(text)["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    # what the file systems behind fsspec raise has no common base
+    except Exception as error:
         raise ConfigError(
             f"{key}: the number of samples in {shard} is unknown: {file_name(stats)} beside it (img2dataset) is missing or has "
-            f"no `successes`; run `scaleclip data index` on the shards and set {key}.manifest"
+            f"no `successes` ({type(error).__name__}: {error}); run `scaleclip data index` on the shards and set {key}.manifest"
         ) from None

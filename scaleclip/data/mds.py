@@ -15,7 +15,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence, Set
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +27,12 @@ from streaming.base.format.mds.writer import MDSWriter
 from streaming.base.hashing import get_hash, get_hashes, is_hash
 
 from scaleclip.data.cache import ShardCache
+from scaleclip.data.open_shards import OpenShards
 from scaleclip.data.sample import Sample, SampleError
 from scaleclip.data.shards import is_remote, read_remote
 from scaleclip.errors import ConfigError
 
 KEY, ABSENT = "__key__", "__absent__"
-_OPEN_SHARDS = 1024
 _AS_STORED = ("bytes", "str", "jpeg", "png", "json", "str_int", "str_float", "str_decimal", "pkl")
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 _MOST_BYTES = 2**32  # offsets are uint32
@@ -136,26 +135,20 @@ class MdsReader:
 
     def __init__(self, shards: Sequence[MdsShard], cache: ShardCache) -> None:
         self._shards, self._cache = shards, cache
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self.open = OpenShards([shard.url for shard in shards], cache, self._open_shard)
 
     def fetch(self, shard: int) -> None:
         """Have the shard at hand, decompressed. Raises SampleError when it cannot be had."""
-        self._opened(shard)
+        _whole(self.open(shard))
 
     def __call__(self, shard: int, ordinal: int) -> Sample:
         """Raises SampleError when the sample cannot be had."""
-        return self._opened(shard).read(ordinal)
+        return self.open.read(shard, lambda opened: _whole(opened).read(ordinal))
 
     def keys(self, shard: int) -> list[str]:
         """Of all its samples, which are read whole. Raises SampleError when the shard or one of them cannot be had."""
-        opened = self._opened(shard)
+        opened = _whole(self.open(shard))
         return [opened.read(ordinal).key for ordinal in range(len(opened))]
-
-    def _opened(self, shard: int) -> "_Shard":
-        opened = self._open(shard)
-        if isinstance(opened, SampleError):
-            raise SampleError(opened.cause, opened.detail)
-        return opened
 
     def _open_shard(self, number: int) -> "_Shard | SampleError":
         shard = self._shards[number]
@@ -170,9 +163,6 @@ class MdsReader:
         stored = self._cache.path(shard.url)
         try:
             return _Shard(self._checked(stored, shard), shard)
-        except OSError as error:
-            cause = "missing_shard" if isinstance(error, FileNotFoundError) else "unreadable_shard"
-            raise SampleError(cause, f"{stored}: {error.strerror or error}") from error
         except SampleError as error:
             if error.cause not in _DAMAGE:
                 raise
@@ -287,6 +277,12 @@ def write_shard(
     return written, entry
 
 
+def _whole(opened: "_Shard | SampleError") -> "_Shard":
+    if isinstance(opened, SampleError):
+        raise SampleError(opened.cause, opened.detail)
+    return opened
+
+
 class _Shard:
     def __init__(self, path: str, shard: MdsShard) -> None:
         self._path, self._name, self._columns = path, shard.name.removesuffix(".mds"), shard.columns
@@ -306,10 +302,7 @@ class _Shard:
         if ordinal >= len(self):
             raise SampleError("missing_sample", f"{self._path} holds {len(self)} samples, sample {ordinal} was asked for")
         begin, end = int(self._begins[ordinal]), int(self._begins[ordinal + 1])
-        try:
-            data = os.pread(self._file, end - begin, begin)
-        except OSError as error:
-            raise SampleError("unreadable_shard", f"{self._path}: {error.strerror}") from error
+        data = os.pread(self._file, end - begin, begin)
         if len(data) < end - begin:
             raise SampleError("truncated_shard", f"{self._path} ends within sample {ordinal}")
         try:

@@ -6,7 +6,6 @@ it lies, and the processes share its pages.
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaleclip.data.cache import ShardCache
+from scaleclip.data.open_shards import OpenShards
 from scaleclip.data.sample import Sample, SampleError
 from scaleclip.data.shards import stem
 from scaleclip.errors import ConfigError
 
 TABLES = (".jsonl", ".jsonl.gz", ".parquet")
-_OPEN_FILES = 256
 
 
 class RowReader:
@@ -36,22 +35,22 @@ class RowReader:
 
     def __init__(self, files: Sequence[str], cache: ShardCache) -> None:
         self._files, self._cache = files, cache
-        self._table = lru_cache(maxsize=_OPEN_FILES)(self._open)
+        self.open = OpenShards(files, cache, self._open_file)
 
     def counts(self, key: str) -> NDArray[np.int64]:
         """Rows of every file [files]; `key` is for errors. Raises ConfigError where a file is none."""
         try:
-            return np.array([len(self._table(file)) for file in range(len(self._files))], np.int64)
+            return np.array([len(self.open(file)) for file in range(len(self._files))], np.int64)
         except SampleError as error:
             raise ConfigError(f"{key}: {error}") from error
 
     def fetch(self, shard: int) -> None:
         """Have the file at hand. Raises SampleError when it cannot be had."""
-        self._table(shard)
+        self.open(shard)
 
     def __call__(self, shard: int, ordinal: int) -> Sample:
         """Raises SampleError when the row cannot be had."""
-        table = self._table(shard)
+        table = self.open(shard)
         if ordinal >= len(table):
             raise SampleError("missing_sample", f"{self._files[shard]} holds {len(table)} rows, row {ordinal} was asked for")
         row = {name: table.column(name)[ordinal].as_py() for name in table.column_names}
@@ -59,12 +58,12 @@ class RowReader:
 
     def keys(self, shard: int) -> Sequence[str]:
         """Of all rows. Raises SampleError when the file cannot be had."""
-        return [self._key(shard, ordinal) for ordinal in range(len(self._table(shard)))]
+        return [self._key(shard, ordinal) for ordinal in range(len(self.open(shard)))]
 
     def _key(self, shard: int, ordinal: int) -> str:
         return f"{stem(self._files[shard])}/{ordinal}"
 
-    def _open(self, shard: int) -> pa.Table:
+    def _open_file(self, shard: int) -> pa.Table:
         path = self._cache.path(self._files[shard])
         return pa.ipc.open_file(pa.memory_map(self._cache.derived_path(path, "rows", _lay_out))).read_all()
 

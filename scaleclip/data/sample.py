@@ -39,7 +39,7 @@ class Fault(NamedTuple):
     shard: str
     """Its shard, as the manifest names it."""
     sample: int
-    """Its number in the shard, of those that the manifest counts."""
+    """Its number in the shard, of all that it holds."""
     cause: str
     """What it is counted as."""
     detail: str

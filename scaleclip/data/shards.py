@@ -3,7 +3,6 @@
 import glob
 import os
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 import fsspec
 from braceexpand import braceexpand
@@ -14,6 +13,12 @@ from scaleclip.errors import ConfigError
 MDS_INDEX = "index.json"
 
 
+def file_name(shard: str) -> str:
+    """`00012.tar` of `s3://bucket/laion/00012.tar`, also where a signature follows a question mark."""
+    path = shard.partition("?")[0] if is_remote(shard) else shard
+    return path.rpartition("/")[2]
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL that fsspec reads (`s3://`, `gs://`, `https://`)."""
     return "://" in path and not path.startswith("file://")
@@ -21,7 +26,7 @@ def is_remote(path: str) -> bool:
 
 def stem(shard: str) -> str:
     """`00012` of `s3://bucket/laion/00012.tar`."""
-    return PurePosixPath(shard).name.partition(".")[0]
+    return file_name(shard).partition(".")[0]
 
 
 def expand_shards(key: str, patterns: Sequence[str], *, must_exist: bool = True) -> list[str]:
@@ -38,7 +43,7 @@ def expand_shards(key: str, patterns: Sequence[str], *, must_exist: bool = True)
     shards: dict[str, None] = {}
     for pattern in patterns:
         paths = list(braceexpand(pattern if is_remote(pattern) else resolve_path(pattern)))
-        if glob.has_magic(pattern):
+        if _has_magic(pattern):
             paths = [path for part in paths for path in _matches(part)]
         missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)] if must_exist else []
         if not paths or missing:
@@ -54,8 +59,13 @@ def read_remote(url: str) -> bytes:
         return bytes(file.read())
 
 
+def _has_magic(path: str) -> bool:
+    # what follows the question mark of a URL is a query
+    return any(sign in path.partition("?")[0] for sign in "*[") if is_remote(path) else glob.has_magic(path)
+
+
 def _matches(path: str) -> list[str]:
-    if not glob.has_magic(path):
+    if not _has_magic(path):
         return [path]
     if not is_remote(path):
         return glob.glob(path)

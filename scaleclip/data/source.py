@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from scaleclip.config import SourceConfig
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.manifest import INDEXES, Manifest, check_names, file_name, load_manifest, stats_counts
+from scaleclip.data.manifest import INDEXES, Manifest, check_names, load_manifest, stats_counts
+from scaleclip.data.open_shards import OpenShards
 from scaleclip.data.rows import TABLES, RowReader
 from scaleclip.data.sample import Sample
-from scaleclip.data.shards import MDS_INDEX, expand_shards
+from scaleclip.data.shards import MDS_INDEX, expand_shards, file_name
 from scaleclip.data.texts import TextFinder
 from scaleclip.data.webdataset import TarReader
 from scaleclip.errors import ConfigError
@@ -17,6 +18,10 @@ from scaleclip.errors import ConfigError
 
 class Reader(Protocol):
     """Random access to the samples of shards."""
+
+    @property
+    def open(self) -> OpenShards[Any]:
+        """What is open of them."""
 
     def fetch(self, shard: int) -> None:
         """Have a shard at hand. Raises SampleError when it cannot be had."""
@@ -44,6 +49,8 @@ class Source:
         self.name = name
         self.image_members = config.image
         self.manifest, self.reader = open_shards(f"data.sources.{name}", config.shards, config.manifest, cache)
+        if config.sidecars:
+            check_names(self.manifest.names)
         self.texts = TextFinder(name, config, self.manifest.names)
 
 
@@ -81,6 +88,8 @@ def open_shards(key: str, patterns: Sequence[str], manifest: str | None, cache: 
         return Manifest(files, names, rows.counts(key)), rows
     if num_tables:
         raise ConfigError(f"{key} mixes tables of rows ({', '.join(TABLES)}) and tars: make them two sources")
+    if manifest:
+        check_names(names)
     listed = load_manifest(key, manifest, files, names) if manifest else Manifest(files, names, stats_counts(key, files))
     return listed, TarReader(files, cache, listed.folder / INDEXES if listed.folder else None)
 

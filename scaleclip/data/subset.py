@@ -6,7 +6,7 @@ The manifest counts the samples that are kept, so their order is as exact and el
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from scaleclip.config import resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.manifest import INDEXES, Manifest, write_table
 from scaleclip.data.sample import SampleError
-from scaleclip.data.shards import is_remote
+from scaleclip.data.shards import file_name, is_remote
 from scaleclip.data.source import Reader, open_shards
+from scaleclip.data.tally import read_quarantine
 from scaleclip.errors import ConfigError
 
 _KEY = "key"
@@ -32,6 +33,8 @@ _DIGEST = "S16"  # 128 bits: of a billion keys no two are alike
 _HEX_DIGITS = 32  # of DataComp's uids, which are 128 bits themselves
 _MOST_TEXT = 65_536
 _METADATA = ".parquet"
+# causes that lie with a store, a disk or a network, and may have passed
+_PASSING = ("missing_shard", "forbidden_shard", "unreachable_shard", "unreadable_shard", "cache_full", "unwritable_cache")
 
 
 class Choice(NamedTuple):
@@ -85,16 +88,18 @@ def write_subset(
     out.mkdir(parents=True, exist_ok=True)
     if choice.where:
         _check_condition(choice.where)
-    kept = []
+    kept, fault = [], ""
     with tempfile.TemporaryDirectory() as scratch:
         files = [_write_digests(path, choice.by, Path(scratch)) for path in (choice.keep, choice.drop)]
-        open_job = partial(_open, patterns, manifest, cache, choice, files, _quarantined(choice.drop))
+        open_job = partial(_open, patterns, manifest, cache, choice, files, _quarantined(choice.drop, whole))
         with ProcessPoolExecutor(workers, initializer=open_job) as pool:
             for shard, chosen in enumerate(pool.map(_choose, range(len(whole.shards)))):
                 kept.append(chosen.kept)
+                fault = fault or chosen.error
                 yield Chosen(whole.shards[shard], *chosen)
     if not any(len(each) for each in kept):
-        raise ConfigError(f"nothing is kept: no sample of {', '.join(patterns)} passes {_said(choice)}")
+        said = f" ({fault})" if fault else ""
+        raise ConfigError(f"nothing is kept: no sample of {', '.join(patterns)} passes {_said(choice)}{said}")
     if whole.folder and (whole.folder / INDEXES).exists() and not (out / INDEXES).exists():
         (out / INDEXES).symlink_to((whole.folder / INDEXES).resolve())
     write_table(out, whole.names, [len(each) for each in kept], kept)
@@ -108,8 +113,8 @@ class _Job(NamedTuple):
     choice: Choice
     keep: NDArray[np.bytes_] | None
     drop: NDArray[np.bytes_] | None
-    bad: frozenset[tuple[str, int]]
-    """(shard, number) of a quarantine's samples."""
+    bad: Mapping[str, frozenset[int]]
+    """Ordinals of a quarantine's samples, by the shard's name."""
 
 
 class _Found(NamedTuple):
@@ -127,7 +132,7 @@ def _open(
     cache: ShardCache,
     choice: Choice,
     files: Sequence[Path | None],
-    bad: frozenset[tuple[str, int]],
+    bad: Mapping[str, frozenset[int]],
 ) -> None:
     global _job
     keep, drop = (None if path is None else np.load(path, mmap_mode="r") for path in files)
@@ -137,14 +142,15 @@ def _open(
 def _choose(shard: int) -> _Found:
     manifest, choice = _job.manifest, _job.choice
     indices = range(int(manifest.counts[shard]))
-    bad = {index for name, index in _job.bad if name == manifest.shards[shard]}
-    ordinals = [manifest.ordinal(shard, index) for index in indices if index not in bad]
+    bad = _job.bad.get(manifest.names[shard], frozenset())
+    ordinals = [ordinal for index in indices if (ordinal := manifest.ordinal(shard, index)) not in bad]
     try:
         if choice.where or choice.by != _KEY:
             rows = _metadata(shard, ordinals)
             found = _query(f"SELECT * FROM rows WHERE ({choice.where or True}) ORDER BY ordinal", rows=rows)
             if choice.by not in found.column_names:
-                raise ConfigError(f"--by {choice.by}: {manifest.shards[shard]} has no such field, it has {rows.column_names}")
+                fault = f"--by {choice.by}: no sample has such a field; there are {', '.join(rows.column_names)}"
+                return _Found(len(indices), np.zeros(0, np.uint32), fault)
             names, kept = found[choice.by].to_pylist(), found["ordinal"].to_numpy()
         else:
             keys = _job.reader.keys(shard)
@@ -152,7 +158,7 @@ def _choose(shard: int) -> _Found:
     except SampleError as error:
         return _Found(len(indices), np.zeros(0, np.uint32), str(error))
     except duckdb.Error as error:
-        raise ConfigError(f"--where {choice.where!r}: {error}") from None
+        return _Found(len(indices), np.zeros(0, np.uint32), f"--where {choice.where!r}: {error}")
     if _job.keep is not None:
         inside = _contained(names, _job.keep)
         names, kept = [name for name, good in zip(names, inside, strict=True) if good], kept[inside]
@@ -170,17 +176,34 @@ def _metadata(shard: int, ordinals: Sequence[int]) -> pa.Table:
     if system.exists(path):
         with system.open(path, "rb") as file:
             metadata = pq.read_table(file)
-        return _query(f"SELECT * FROM samples LEFT JOIN metadata USING ({_KEY})", samples=samples, metadata=metadata)
+        # its keys have no folder in front; a key that comes twice there is one sample here
+        return _query(
+            "SELECT samples.*, metadata.* EXCLUDE (key) FROM samples LEFT JOIN (SELECT DISTINCT ON (key) * FROM metadata) "
+            "metadata ON parse_filename(samples.key) = metadata.key",
+            samples=samples,
+            metadata=metadata,
+        )
     fields = [_fields(shard, ordinal) for ordinal in ordinals]
     names = sorted({name for row in fields for name in row} - set(samples.column_names))
     for name in names:
-        samples = samples.append_column(name, pa.array([row.get(name) for row in fields]))
+        samples = samples.append_column(name, _column([row.get(name) for row in fields]))
     return samples
 
 
+def _column(values: Sequence[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        # of several types: as they are written
+        return pa.array([None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values])
+
+
 def _fields(shard: int, ordinal: int) -> dict[str, Any]:
-    """What a sample's JSON says, and its texts by member; images are left out."""
-    sample = _job.reader(shard, ordinal)
+    """What a sample's JSON says, and its texts by member, images left out; nothing of a sample that cannot be read."""
+    try:
+        sample = _job.reader(shard, ordinal)
+    except SampleError:
+        return {}
     fields: dict[str, Any] = {}
     for name, member in sample.members.items():
         try:
@@ -249,14 +272,26 @@ def _is_quarantine(path: str) -> bool:
     return Path(path).name.startswith("quarantine") and path.endswith(".jsonl")
 
 
-def _quarantined(path: str | None) -> frozenset[tuple[str, int]]:
+def _quarantined(path: str | None, manifest: Manifest) -> dict[str, frozenset[int]]:
+    """Samples of a run's quarantine that are bad themselves, and did not merely fail to come, by the shard's name."""
     if path is None or not _is_quarantine(path):
-        return frozenset()
+        return {}
     try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        return frozenset((row["shard"], row["sample"]) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--drop {path}: is no quarantine of a run: {error}") from None
+        rows = [(row["shard"], row["sample"], row["cause"]) for row in read_quarantine(Path(path))]
+    except (OSError, KeyError, TypeError) as error:
+        raise ConfigError(f"--drop {path}: is no quarantine of a run: {error!r}") from None
+    known = set(manifest.names)
+    bad: dict[str, set[int]] = {}
+    for shard, sample, cause in rows:
+        # a name is the end of a path: of a tar its last part, of an MDS shard more
+        parts = shard.split("/")
+        ends = (file_name(shard), *("/".join(parts[first:]) for first in range(len(parts))))
+        name = next((end for end in ends if end in known), None)
+        if name is not None and cause not in _PASSING:
+            bad.setdefault(name, set()).add(sample)
+    if not bad:
+        raise ConfigError(f"--drop {path}: none of its {len(rows):,} rows names a bad sample of these shards")
+    return {name: frozenset(samples) for name, samples in bad.items()}
 
 
 def _query(sql: str, **tables: pa.Table) -> pa.Table:

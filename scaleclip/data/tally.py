@@ -1,10 +1,12 @@
 """What the batches between two log steps said: samples that could not be used, where texts came from, what the loader did."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scaleclip.data.loader import Batch
 from scaleclip.data.sample import Fault
@@ -61,6 +63,15 @@ def merge(tallies: Iterable[Tally]) -> Tally:
     return whole
 
 
+def read_quarantine(path: Path) -> list[dict[str, Any]]:
+    """Rows of a quarantine.jsonl, without one that a crash cut off."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
@@ -77,8 +88,11 @@ class Quarantine:
         self._by_shard: Counter[tuple[str, str]] = Counter()
         self._seen: set[tuple[str, str, int]] = set()
         if self._path and self._path.exists():
-            rows = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+            rows = read_quarantine(self._path)
             self._seen = {(row["source"], row["shard"], row["sample"]) for row in rows}
+            if not self._path.read_bytes().endswith(b"\n"):
+                with self._path.open("a") as file:
+                    file.write("\n")  # a line that a crash cut off
 
     def add(self, faults: Iterable[Fault]) -> None:
         """Count faults and write those of samples that are new, up to 100,000 of them."""

@@ -108,7 +108,8 @@ class _Jpeg(Picture):
     def _decode(self, crop: Crop, size: int) -> NDArray[np.uint8]:
         scale = next((scale for scale in _SCALES if min(crop.height, crop.width) >= _HEADROOM * scale * size), 1)
         height, width = (-(-side // scale) for side in self._stored)
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(self._data, min_height=height, min_width=width)
+        # strict: whatever libjpeg would warn of, from missing pixels to bytes too many, may be wrong pixels
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(self._data, min_height=height, min_width=width, strict=True)
         edges = (crop.top, crop.top + crop.height, crop.left, crop.left + crop.width)
         top, bottom, left, right = ((edge + scale // 2) // scale for edge in edges)
         return pixels[top:bottom, left:right]

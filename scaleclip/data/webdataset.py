@@ -2,19 +2,18 @@
 
 import io
 import os
+import zipfile
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.index import index_tar, load_blocks, load_index
+from scaleclip.data.open_shards import OpenShards
 from scaleclip.data.sample import Sample, SampleError
-from scaleclip.data.shards import is_remote
+from scaleclip.data.shards import file_name
 from scaleclip.data.tar import BLOCK, TarDamage, split_name, walk
 
-# A rank's batches go round all its streams' blocks of shards, which is what it has open at once.
-_OPEN_SHARDS = 1024
-_MISSING = "missing_shard"
+_INDEX = "index"
 
 
 class TarReader:
@@ -30,48 +29,55 @@ class TarReader:
 
     def __init__(self, shards: Sequence[str], cache: ShardCache, indexes: Path | None = None) -> None:
         self._shards, self._cache, self._indexes = shards, cache, indexes
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self.open = OpenShards(shards, cache, self._open_shard)
         self._buffer = memoryview(bytearray(1 << 20))
 
     def fetch(self, shard: int) -> None:
         """Have the shard and its index at hand. Raises SampleError when it cannot be had."""
-        self._open(shard)
+        self.open(shard)
 
     def __call__(self, shard: int, ordinal: int) -> Sample:
         """Raises SampleError when the sample cannot be had."""
-        opened = self._open(shard)
+        return self.open.read(shard, lambda opened: self._read(opened, ordinal))
+
+    def keys(self, shard: int) -> Sequence[str]:
+        """Of all its samples. Raises SampleError when the shard cannot be had."""
+        stored = self._stored_index(shard)
+        # a remote shard with an index need not be fetched
+        return load_index(stored or self._made_index(self._cache.path(self._shards[shard]))).keys
+
+    def _read(self, opened: "_Shard", ordinal: int) -> Sample:
         start, stop = opened.span(ordinal)
         if stop - start > len(self._buffer):
             self._buffer = memoryview(bytearray(stop - start))
         return opened.read(ordinal, start, self._buffer[: stop - start])
 
-    def keys(self, shard: int) -> Sequence[str]:
-        """Of all its samples. Raises SampleError when the shard cannot be had."""
-        url = self._shards[shard]
-        return load_index(self._index(url, self._cache.path(url))).keys
-
     def _open_shard(self, shard: int) -> "_Shard":
-        url = self._shards[shard]
+        path = self._cache.path(self._shards[shard])
+        stored = self._stored_index(shard)
         try:
-            path = self._cache.path(url)
-            return _Shard(path, self._index(url, path))
-        except SampleError as error:
-            if not (is_remote(url) and error.cause == _MISSING):
-                raise
-            # evicted between the two
-            path = self._cache.path(url)
-            return _Shard(path, self._index(url, path))
+            return _Shard(path, stored or self._made_index(path))
+        except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if stored:
+                named = index_path(self._indexes or Path(), self._shards[shard])
+                raise SampleError("bad_index", f"{named}: {error}: delete it and run `scaleclip data index` again") from error
+        # a crash of the machine may have left it so
+        self._cache.drop_derived(path, _INDEX)
+        return _Shard(path, self._made_index(path))
 
-    def _index(self, url: str, path: str) -> io.BytesIO:
-        stored = index_path(self._indexes, url) if self._indexes else None
-        if stored is not None and stored.exists():
-            return io.BytesIO(stored.read_bytes())
-        return io.BytesIO(self._cache.derived(path, "index", lambda path: index_tar(path).pack()))
+    def _stored_index(self, shard: int) -> io.BytesIO | None:
+        try:
+            return io.BytesIO(index_path(self._indexes, self._shards[shard]).read_bytes()) if self._indexes else None
+        except FileNotFoundError:
+            return None
+
+    def _made_index(self, path: str) -> io.BytesIO:
+        return io.BytesIO(self._cache.derived(path, _INDEX, lambda path: index_tar(path).pack()))
 
 
 def index_path(folder: Path, shard: str) -> Path:
     """Where the index file of a shard lies in a manifest's folder of indexes."""
-    return folder / f"{PurePosixPath(shard).name}.npz"
+    return folder / f"{file_name(shard)}.npz"
 
 
 class _Shard:
@@ -79,11 +85,7 @@ class _Shard:
         self._path = path
         blocks, self._truncated = load_blocks(index)
         self._starts = blocks.astype("int64") * BLOCK
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            cause = _MISSING if isinstance(error, FileNotFoundError) else "unreadable_shard"
-            raise SampleError(cause, f"{path}: {error.strerror}") from error
+        self._file = os.open(path, os.O_RDONLY)
 
     def span(self, ordinal: int) -> tuple[int, int]:
         """First and last + 1 byte of a sample. Raises SampleError where there is none."""
@@ -95,19 +97,17 @@ class _Shard:
 
     def read(self, ordinal: int, start: int, span: memoryview) -> Sample:
         """The sample at `start`, by way of `span`: memory of its size that was used before, since fresh memory costs most."""
-        try:
-            # not mapped: what is cut off since would end the process
-            num_read = os.preadv(self._file, [span], start)
-        except OSError as error:
-            raise SampleError("unreadable_shard", f"{self._path}: {error.strerror}") from error
-        if num_read < len(span):
+        # not mapped: what is cut off since, or a fault of the network, would end the process
+        if os.preadv(self._file, [span], start) < len(span):
             raise SampleError("truncated_shard", f"{self._path} ends within sample {ordinal}")
-        key, members = "", {}
+        keys, members = set(), {}
         try:
             for name, offset, size, _ in walk(span):
                 key, extension = split_name(name)
+                keys.add(key)
                 members[extension] = span[offset : offset + size].tobytes()
-        except TarDamage as error:
+            (key,) = keys
+        except (TarDamage, ValueError) as error:
             raise SampleError("corrupt_shard", f"{self._path}, sample {ordinal}: {error}; was it changed since?") from None
         return Sample(key, members)
 

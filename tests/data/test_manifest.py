@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import make_sample, write_tar
+from scaleclip.data.index import index_tar
 from scaleclip.data.manifest import write_manifest
-from scaleclip.data.shards import expand_shards
+from scaleclip.data.shards import expand_shards, file_name
 from scaleclip.data.source import open_shards
 from scaleclip.data.subset import Choice, write_subset
 from scaleclip.errors import ConfigError
@@ -151,6 +152,10 @@ def all_kept(shards, cache, folder):
     return [key for keys in kept_keys(shards, cache, folder) for key in keys]
 
 
+def kept_of_all(shards):
+    return [list(index_tar(str(path)).keys) for path in sorted(shards.glob("*.tar"))]
+
+
 def write_keys(path, keys):
     """In each form that a file of keys has."""
     if path.suffix == ".txt":
@@ -218,13 +223,81 @@ def test_a_subset_without_what_is_in_quarantine_and_of_a_subset(shards, tmp_path
     choose(shards, cache, tmp_path / "even", Choice(where="concept IN ('c0', 'c2', 'c4')"))
     path = sorted(shards.glob("*.tar"))[2]
     before = kept_keys(shards, cache, tmp_path / "even")
-    rows = [{"source": "tiny", "shard": str(path), "sample": index, "cause": "x", "detail": ""} for index in (1, 2)]
-    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = [f"{i:09d}" for i in range(13, 25)]
+    bad = [whole.index(key) for key in before[2][1:3]]
+    causes = ["undecodable_image", "bad_json", "unreachable_shard"]
+    rows = [
+        {"source": "tiny", "shard": f"/elsewhere/{path.name}", "sample": sample, "cause": cause, "detail": ""}
+        for sample, cause in zip([*bad, whole.index(before[2][3])], causes, strict=True)
+    ]
+    # the last line was cut off by a crash
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"source": "ti')
     choice = Choice(drop=str(tmp_path / "quarantine.jsonl"))
-    choose(shards, cache, tmp_path / "clean", choice, manifest=str(tmp_path / "even"))
-    after = kept_keys(shards, cache, tmp_path / "clean")
-    assert after[2] == [before[2][0], *before[2][3:]]
-    assert after[:2] + after[3:] == before[:2] + before[3:]
+    for manifest, kept in ((str(tmp_path / "even"), before), (None, [*kept_of_all(shards)])):
+        choose(shards, cache, tmp_path / "clean", choice, manifest=manifest)
+        after = kept_keys(shards, cache, tmp_path / "clean")
+        assert after[2] == [key for key in kept[2] if key not in before[2][1:3]], "what did not come may come"
+        assert after[:2] + after[3:] == kept[:2] + kept[3:]
+
+
+def test_keys_in_folders_are_found_in_img2datasets_table(tmp_path, cache):
+    (tmp_path / "shards").mkdir()
+    for folder, number in (("part/", 0), ("", 1)):
+        numbers = range(3 * number, 3 * number + 3)
+        samples = [(folder + make_sample(i)[0], make_sample(i)[1]) for i in numbers]
+        path = write_tar(tmp_path / "shards" / f"{number:05d}.tar", samples)
+        keys = [f"{i:09d}" for i in (*numbers, numbers[0])]
+        pq.write_table(pa.table({"key": keys, "width": [100, 200, 300, 100]}), path.with_suffix(".parquet"))
+    choose(tmp_path / "shards", cache, tmp_path / "s", Choice(where="width < 250"))
+    assert kept_keys(tmp_path / "shards", cache, tmp_path / "s") == [
+        ["part/000000000", "part/000000001"],
+        ["000000003", "000000004"],
+    ]
+
+
+def test_fields_of_several_types_are_texts(shards, tmp_path, cache):
+    write_tar(shards / "00000.tar", [make_sample(i, json=json.dumps({"w": i if i else "none"}).encode()) for i in range(9)])
+    found = choose(shards, cache, tmp_path / "s", Choice(where="TRY_CAST(w AS INT) >= 7"))
+    assert ["w" in each.error for each in found] == [False, True, True, True], "no sample of these has it"
+    assert all_kept(shards, cache, tmp_path / "s") == ["000000007", "000000008"]
+
+
+def test_a_new_subset_in_an_old_folder_leaves_the_old_ordinals_to_runs_that_have_them_open(
+    shards, tmp_path, cache, open_manifest
+):
+    choose(shards, cache, tmp_path / "s", Choice(keep=write_keys(tmp_path / "keys.txt", KEEP)))
+    old = open_manifest(tmp_path / "s")
+    assert old.ordinal(0, 1) == 3
+    choose(shards, cache, tmp_path / "s", Choice(keep=write_keys(tmp_path / "keys.txt", ["000000001", "000000002"])))
+    assert [old.ordinal(0, index) for index in range(2)] == [0, 3]
+    assert [open_manifest(tmp_path / "s").ordinal(0, index) for index in range(2)] == [1, 2]
+
+
+def test_a_mended_tar_is_indexed_again(shards, tmp_path, cache):
+    path = shards / "00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert index([f"{shards}/*.tar"], tmp_path / "m", cache)[1].samples == 2
+    path.write_bytes(whole)
+    assert index([f"{shards}/*.tar"], tmp_path / "m", cache)[1].samples == 4
+    write_tar(path, [make_sample(i) for i in range(9, 20)])
+    assert index([f"{shards}/*.tar"], tmp_path / "m", cache)[1].samples == 11
+
+
+def test_keys_of_indexed_remote_shards_cost_no_download(shards, tmp_path, cache):
+    for path in shards.iterdir():
+        with fsspec.open(f"memory://keys/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    index([f"{shards}/*.tar"], tmp_path / "m", cache)
+    _, read = open_shards("k", ["memory://keys/{00000..00003}.tar"], str(tmp_path / "m"), cache)
+    assert read.keys(1) == tuple(f"{i:09d}" for i in range(9, 13))
+    assert cache.take_counts() == {}
+
+
+def test_signed_urls_are_shards():
+    signed = "https://host/laion/00000.tar?sig=a*b"
+    assert expand_shards("SHARDS", [signed]) == [signed]
+    assert file_name(signed) == "00000.tar"
 
 
 def test_another_subset_of_as_many_is_another_data_set(shards, tmp_path, cache, open_manifest):
@@ -239,11 +312,11 @@ def test_another_subset_of_as_many_is_another_data_set(shards, tmp_path, cache, 
     ("choice", "message"),
     [
         ({"where": "concept ="}, "--where 'concept ='"),
-        ({"where": "colour = 1"}, "--where 'colour = 1'.*colour"),
+        ({"where": "colour = 1"}, "nothing is kept.*'colour = 1'.*\"colour\" not found"),
         ({"keep": "none.txt"}, "none.txt: cannot be read as keys"),
         ({"keep": "other.parquet", "by": "uid"}, "other.parquet: cannot be read as keys"),
         ({"keep": "nothing.txt"}, "nothing is kept: .* passes --keep"),
-        ({"keep": "some.txt", "by": "uid"}, "--by uid: .* has no such field, it has"),
+        ({"keep": "some.txt", "by": "uid"}, "--by uid: no sample has such a field"),
         ({"keep": "numbers.npy"}, "not DataComp's uids"),
         ({"drop": "quarantine.jsonl"}, "is no quarantine"),
     ],

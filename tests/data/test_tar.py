@@ -1,7 +1,10 @@
 """Tars: their members from their bytes, the index of their samples, the reader; whole and damaged."""
 
+import errno
+import gc
 import io
 import os
+import resource
 import tarfile
 
 import numpy as np
@@ -12,7 +15,7 @@ from helpers import encode_image, make_sample, write_tar
 from scaleclip.data.index import index_tar, load_index
 from scaleclip.data.sample import SampleError
 from scaleclip.data.tar import TarDamage, split_name, walk
-from scaleclip.data.webdataset import TarReader
+from scaleclip.data.webdataset import TarReader, index_path
 
 NAMES = ["a.jpg", "folder/b.txt", "ü/ж.json", "d" * 90 + "/" + "e" * 90 + ".txt", "x" * 120 + ".jpg", "f" * 300 + ".txt"]
 
@@ -181,6 +184,60 @@ def test_a_tar_that_was_rewritten_since_it_was_indexed_is_a_fault(shards, cache)
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(SampleError, match=r"corrupt_shard.*was it changed since\?"):
         read(0, 1)
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_few_shards_stay_open_and_a_lack_of_descriptors_is_no_fault(tmp_path, cache):
+    paths = [str(write_tar(tmp_path / f"{i}.tar", [make_sample(i)])) for i in range(40)]
+    read = TarReader(paths, cache)
+    gc.collect()
+    before = open_files()
+    read.open.most = 5
+    for shard in range(40):
+        assert read(shard, 0).key == f"{shard:09d}"
+    assert open_files() == before + 5
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    read.open.most = 1000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 10, limits[1]))
+    try:
+        for shard in range(40):
+            assert read(shard, 0).key == f"{shard:09d}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_stale_handle_is_opened_again(shards, cache, monkeypatch):
+    read = TarReader([str(shards / "00000.tar")], cache)
+    expected, real, failing = read(0, 1), os.preadv, [1]
+
+    def preadv(*arguments):
+        if failing:
+            failing.pop()
+            raise OSError(errno.ESTALE, "stale file handle")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert read(0, 1) == expected
+    failing += [1, 1]
+    with pytest.raises(SampleError, match="unreadable_shard"):
+        read(0, 1)
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(2000), b"PK\x03\x04"])
+def test_a_damaged_index_is_made_again_or_a_fault(shards, tmp_path, cache, damage):
+    path = str(shards / "00000.tar")
+    expected = TarReader([path], cache)(0, 1)
+    (made,) = (tmp_path / "cache" / "derived").iterdir()
+    made.write_bytes(damage)
+    assert TarReader([path], cache)(0, 1) == expected
+    indexes = tmp_path / "index"
+    indexes.mkdir()
+    index_path(indexes, path).write_bytes(damage)
+    with pytest.raises(SampleError, match=r"bad_index: .*delete it and run `scaleclip data index` again"):
+        TarReader([path], cache, indexes)(0, 1)
 
 
 def test_a_missing_tar_is_a_fault_of_its_samples(tmp_path, cache):
