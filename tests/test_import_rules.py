@@ -47,7 +47,7 @@ FENCES = {
     "webdataset": {"data/convert"},
     "pyarrow": {"data"},
     "duckdb": {"data/subset"},
-    "fsspec": {"data/cache", "data/join", "data/shards", "data/subset"},
+    "fsspec": {"data/remote", "data/join", "data/shards", "data/subset"},
     "triton": {"scaleclip_kernels"},
     "matplotlib": {"report"},
     "transformers": {"models", "data"},

@@ -5,8 +5,6 @@ In the cache's folder: `copies/` holds whole shards under a digest of their URL,
 when a file was used last; eviction goes by it.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -20,46 +18,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import fsspec
-import fsspec.asyn
-import fsspec.config
-from aiohttp import ClientResponse, ClientTimeout
 from filelock import FileLock, Timeout
-from fsspec.callbacks import Callback
 
 from scaleclip.config import CacheConfig
+from scaleclip.data.remote import POLL_S, Cancelled, Progress, stream, verdict
 from scaleclip.data.sample import SampleError
 from scaleclip.data.shards import is_remote
 
 _PAUSE_S, _MOST_PAUSE_S = 0.5, 30.0  # before the second try, and at most
 _HOLD_S, _MOST_HOLD_S = 60.0, 3600.0  # how long a failed shard is not asked for again
 _DEAD_AFTER_S = 600.0  # beyond the time-out: nobody writes a partial file any more
-_POLL_S = 0.1
 _EVICT_EVERY = 256
 _OURS = re.compile(r"[0-9a-f]{16}-")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# which of botocore's errors say that the store was not even asked; botocore is imported for s3:// alone
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 _log = logging.getLogger(__name__)
-
-_inherited: list[fsspec.AbstractFileSystem] = []
-
-
-def _after_fork() -> None:
-    # fsspec's own hook misses the lock around its event loop's start, which another thread may hold at the fork
-    fsspec.asyn.reset_lock()
-    # fsspec lets go of the parent's file systems, which would then end the parent's connections
-    for system in set(fsspec.registry.values()):
-        _inherited.extend(system._cache.values())
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-class Cancelled(Exception):
-    """The caller does not want the shard any more."""
 
 
 class ShardCache:
@@ -229,9 +203,9 @@ class ShardCache:
         while True:
             partial = self._partial(copy.name)
             partial.touch()
-            progress = _Progress(url, self._most_bytes, self._config)
+            progress = Progress(url, self._most_bytes, self._config)
             try:
-                _stream(url, partial, progress, self._config.timeout_s, stop)
+                stream(url, partial, progress, self._config.timeout_s, stop)
                 # a crash of the machine must not leave a hole in a file that has its final name
                 _sync(partial)
             except (SampleError, Cancelled):
@@ -248,7 +222,7 @@ class ShardCache:
                 if isinstance(error, OSError) and error.filename == str(partial):
                     raise
                 tried += 1
-                failure = _final(url, error, tried, self._config.attempts)
+                failure = verdict(url, error, tried, self._config.attempts)
                 if failure:
                     raise failure from error
                 self._count("retries")
@@ -364,120 +338,6 @@ class _Process:
         self.warned = False
 
 
-class _Progress(Callback):  # type: ignore[misc]
-    """How far a download is; stops one that the cache has no room for."""
-
-    def __init__(self, url: str, most_bytes: int, config: CacheConfig) -> None:
-        super().__init__()
-        self._url, self._most_bytes, self._config = url, most_bytes, config
-        self.moved_at = time.monotonic()
-
-    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        self.moved_at = time.monotonic()
-        size = max(self.size or 0, self.value)
-        if size > self._most_bytes:
-            raise SampleError(
-                "cache_full",
-                f"{self._url} has at least {size / 2**30:.3g} GiB, more than data.cache.limit_gib={self._config.limit_gib:g} "
-                f"allows all copies together: raise it to some shards' size a loader process",
-            )
-
-
-def _stream(url: str, target: Path, progress: _Progress, timeout_s: float, stop: threading.Event | None) -> None:
-    """Stream a URL into a file, once. Raises what fsspec raises, TimeoutError, Cancelled, or EOFError for a short body.
-
-    Time-out and `stop` hold for stores that fsspec reads asynchronously: S3, GCS, HTTP, Azure.
-    """
-    system, inside = fsspec.core.url_to_fs(url, **_options(url, timeout_s))
-    # s3fs goes on with a broken body by itself, up to so many times
-    system.retries = 1
-    if system.async_impl:
-        task = system._get_file(inside, str(target), callback=progress)
-        _wait(asyncio.run_coroutine_threadsafe(task, system.loop), progress, timeout_s, stop)
-    else:
-        system.get_file(inside, str(target), callback=progress)
-    size = target.stat().st_size
-    if progress.size is not None and size != progress.size:
-        raise EOFError(f"{size:,} of {progress.size:,} bytes came")
-
-
-def _wait(
-    future: "concurrent.futures.Future[None]", progress: _Progress, timeout_s: float, stop: threading.Event | None
-) -> None:
-    """Wait for a download as long as it moves."""
-    try:
-        while True:
-            left_s = max(progress.moved_at + timeout_s - time.monotonic(), 0.0)
-            concurrent.futures.wait([future], min(left_s, _POLL_S) if stop else left_s)
-            if future.done():
-                return future.result()
-            if stop and stop.is_set():
-                raise Cancelled
-            if time.monotonic() - progress.moved_at >= timeout_s:
-                raise TimeoutError(f"no byte for {timeout_s:g} s (data.cache.timeout_s) after {progress.value:,} bytes")
-    finally:
-        future.cancel()
-
-
-def _options(url: str, timeout_s: float) -> dict[str, Any]:
-    """How fsspec opens a store so that time-outs and retries are ours; what a user set for fsspec stays."""
-    protocol = url.partition("://")[0]
-    timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-    options: dict[str, Any] = {}
-    if protocol in ("s3", "s3a"):
-        retries = {"total_max_attempts": 1}
-        options = {"config_kwargs": {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": retries}}
-    elif protocol in ("http", "https"):
-        # a body that the server packs for the way has another length than it says
-        options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
-    elif protocol in ("gs", "gcs"):
-        options = {"requests_timeout": timeout, "session_kwargs": {"raise_for_status": _refuse}}
-    said = fsspec.config.conf.get(protocol, {})
-    return {key: {**said.get(key, {}), **value} if isinstance(value, dict) else value for key, value in options.items()}
-
-
-class _Refusal(Exception):
-    """A store's answer that is none."""
-
-    def __init__(self, status: int, reason: str | None) -> None:
-        super().__init__(f"{status} {reason}")
-        self.status = status
-
-
-async def _refuse(response: ClientResponse) -> None:
-    # gcsfs tries again by itself, or trips over the answer's missing text
-    if response.status >= 400:
-        raise _Refusal(response.status, response.reason)
-
-
-def _final(url: str, error: Exception, tried: int, attempts: int) -> SampleError | None:
-    """What a failed try means for good; None where another may help."""
-    status = _status(error)
-    said = f"{type(error).__name__}: {error}"
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return SampleError("missing_shard", f"{url}: the store has no such object ({said})")
-    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS or status in (401, 403):
-        return SampleError("forbidden_shard", f"{url}: check this machine's credentials ({said})")
-    if _may_pass(error, status) and tried < attempts:
-        return None
-    return SampleError("unreachable_shard", f"{url}: {tried} of {attempts} tries failed, the last with {said}")
-
-
-def _may_pass(error: Exception, status: int | None) -> bool:
-    if status is None or isinstance(error, TimeoutError):  # S3 has a time-out of status 400
-        return not isinstance(error, (ValueError, ImportError))
-    return status >= 500 or status in (408, 429)
-
-
-def _status(error: BaseException) -> int | None:
-    """The store's HTTP status, as botocore, aiohttp and `_Refusal` carry it."""
-    response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    status = getattr(error, "status", None)
-    return status if isinstance(status, int) else None
-
-
 def _pause(tried: int, stop: threading.Event | None) -> None:
     pause_s = min(_PAUSE_S * 2.0 ** (tried - 1), _MOST_PAUSE_S) * random.uniform(0.5, 1.5)
     if stop is None:
@@ -504,7 +364,7 @@ def _locked(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
     lock = FileLock(path)
     while True:
         try:
-            lock.acquire(timeout=-1 if stop is None else _POLL_S, poll_interval=_POLL_S)
+            lock.acquire(timeout=-1 if stop is None else POLL_S, poll_interval=POLL_S)
             break
         except Timeout:
             if stop and stop.is_set():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from scaleclip.data.cache import Cancelled, ShardCache
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.remote import Cancelled
 
 _NUM_FETCHERS = 4
 _MOST_STRIDE = 16

@@ -23,7 +23,8 @@ from fsspec import AbstractFileSystem
 from object_store import ObjectStore, object_store
 from scaleclip.config import CacheConfig
 from scaleclip.data import cache as cache_module
-from scaleclip.data.cache import Cancelled, ShardCache
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.remote import Cancelled
 from scaleclip.data.sample import SampleError
 
 _WAIT_S = 60.0

@@ -15,6 +15,7 @@ from scaleclip.config import load_config
 from scaleclip.data import loader
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
+from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_sources
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.errors import RunError
@@ -195,6 +196,21 @@ def test_the_loader_says_where_its_time_goes(tiny_config):
 
 def worker_pids(batches):
     return [worker.pid for worker in batches._batches._workers]
+
+
+def test_what_a_failure_took_counts_to_its_stage(tiny_config, monkeypatch):
+    _, dataset = open_dataset(tiny_config)
+    now = [0.0]
+    monkeypatch.setattr(loader.time, "perf_counter", lambda: now[0])
+
+    def fetch(shard):
+        now[0] += 5
+        raise SampleError("unreachable_shard", "after five seconds")
+
+    monkeypatch.setattr(dataset.sources[0].reader, "fetch", fetch)
+    batch = dataset[0]
+    assert causes(batch) == {"unreachable_shard": 8}
+    assert {stage: spent for stage, spent in batch.stage_s.items() if spent} == {"fetch": 40.0}
 
 
 def own_mib(pids):

@@ -11,8 +11,9 @@ import pytest
 
 from object_store import object_store
 from scaleclip.config import CacheConfig
-from scaleclip.data.cache import Cancelled, ShardCache
+from scaleclip.data.cache import ShardCache
 from scaleclip.data.prefetch import Prefetcher
+from scaleclip.data.remote import Cancelled
 from scaleclip.data.sample import SampleError
 
 _WAIT_S = 60.0

@@ -1,11 +1,13 @@
 """Training batches from an object store that fails: a real S3 protocol server behind a proxy with faults."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from s3fs import S3FileSystem
 
 from object_store import ObjectStore, object_store
 from scaleclip.config import load_config
@@ -30,7 +32,8 @@ def store(shards: Path, monkeypatch: pytest.MonkeyPatch):
             store.put(path.name, path.read_bytes())
         store.clear()
         # filesystems of another test's store
-        S3FileSystem.clear_instance_cache()
+        if "s3fs" in sys.modules:
+            sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
         yield store
 
 
@@ -71,6 +74,22 @@ def test_batches_of_a_bucket_are_those_of_the_disk(tiny_config, store: ObjectSto
     assert counts["downloads"] == 4
     assert counts["downloaded_bytes"] == sum(request.sent for name in NAMES for request in store.downloads(name))
     assert not counts["retries"]
+
+
+def test_processes_start_before_anything_knows_the_store(tiny_config, store: ObjectStore, shards, tmp_path):
+    """With a manifest nothing asks the store at the start: what loads its library first must not be a thread at a fork."""
+    index = ["data", "index", f"{shards}/*.tar", "--out", str(tmp_path / "manifest")]
+    assert subprocess.run([sys.executable, "-m", "scaleclip", *index], check=False, capture_output=True).returncode == 0
+    script = f"""
+import sys
+from test_remote import read
+assert "s3fs" not in sys.modules
+found, counts = read({str(tiny_config)!r}, *{remote()!r}, "data.sources.tiny.manifest={tmp_path}/manifest", "data.workers=4")
+assert all(not batch.faults for batch in found) and counts["downloads"] == 4, counts
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    environment = {**os.environ, "PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
 
 
 def test_globs_of_a_bucket(tiny_config, store: ObjectStore):
