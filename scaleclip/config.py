@@ -51,8 +51,8 @@ class SourceConfig(Section):
     """One data set; `data.sources` mixes several."""
 
     shards: StringList = ()
-    """Tar shards, or the `index.json` of MosaicML MDS folders: paths, globs, brace ranges (`/data/{00000..41455}.tar`),
-    `s3://`, `gs://`, `https://`; `package:` starts inside the installed package."""
+    """Tar shards, or the `index.json` of MosaicML MDS folders: paths, globs, brace ranges (`/data/{00000..41455}.tar`), local
+    folders, `s3://`, `gs://`, `https://`; `package:` starts inside the installed package."""
     manifest: str | None = None
     """Folder that `scaleclip data index` or `scaleclip data subset` wrote: the samples of every shard and where each lies.
     Without one, tars are counted by the `*_stats.json` beside each (img2dataset) and indexed at first touch."""
@@ -327,7 +327,14 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+        faults = error.errors()
+        # a list whose entries are at fault also counts as too short
+        faults = [each for each in faults if each["type"] != "too_short" or not _has_fault_inside(each, faults)]
+        raise ConfigError("\n".join(_explain(fault) for fault in faults)) from None
+
+
+def _has_fault_inside(fault: Any, faults: Sequence[Any]) -> bool:
+    return any(other["loc"][: len(fault["loc"])] == fault["loc"] for other in faults if other is not fault)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -563,11 +570,17 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
 def _explain(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        hint = _hint(key, [*known_keys(), *RunConfig.model_fields]) or "; scaleclip config --schema lists every key"
+        section = key.rpartition(".")[0]
+        # sources and views are called as the user likes
+        named: dict[str, type[Section]] = {"data.sources": SourceConfig, "data.views": ViewConfig}
+        inside = named.get(section.rpartition(".")[0])
+        keys = [f"{section}.{field}" for field in inside.model_fields] if inside else [*known_keys(), *RunConfig.model_fields]
+        hint = _hint(key, keys) or "; scaleclip config --schema lists every key"
         return f"unknown key {key!r}{hint}"
     return f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _hint(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {str(each).lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data sets.")
 
+
+def _local(out: Path) -> Path:
+    # a Path has one slash where a URL has two
+    if ":/" in str(out):
+        raise ConfigError(f"--out={out}: must be a local folder: write there, then copy it to the store")
+    return out
+
+
 Shards = Annotated[
     list[str], typer.Argument(metavar="SHARDS...", help="Tars or index.json of MDS folders: files, globs, brace ranges, URLs.")
 ]
@@ -45,7 +53,7 @@ S = TypeVar("S", bound=_Shard)
 @data_app.command()
 def index(
     tars: Tars,
-    out: Annotated[Path, typer.Option(help="Folder of the manifest.")] = Path("manifest"),
+    out: Annotated[Path, typer.Option(callback=_local, help="Local folder of the manifest.")] = Path("manifest"),
     workers: Workers = _CPUS,
     cache: CacheFolder = None,
 ) -> None:
@@ -62,7 +70,7 @@ def index(
 @data_app.command()
 def subset(
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder of the subset's manifest.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Local folder of the subset's manifest.")],
     manifest: ManifestFolder = None,
     keep: Annotated[
         str | None, typer.Option(help="Keep these: .txt, .parquet, .jsonl or .csv of keys, or DataComp's .npy.")
@@ -95,7 +103,7 @@ def subset(
 @data_app.command()
 def convert(
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder of the converted shards.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Local folder of the converted shards.")],
     compression: Annotated[str | None, typer.Option(help="Of MDS: zstd, zstd:7, gz ...")] = None,
     hashes: Annotated[list[str] | None, typer.Option(help="Of MDS, checked when a shard is read: sha1, xxh64 ...")] = None,
     workers: Workers = _CPUS,
@@ -122,7 +130,7 @@ def sidecar(
     shards: Shards,
     table: Annotated[list[str], typer.Option(help="Files of the release: .parquet, .jsonl, .jsonl.gz.")],
     column: Annotated[list[str], typer.Option(help="Columns of texts to keep.")],
-    out: Annotated[Path, typer.Option(help="Folder of the sidecar.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Local folder of the sidecar.")],
     table_key: Annotated[str, typer.Option(help="Column of the release that names the sample.")] = "key",
     by: Annotated[str, typer.Option(help="What it names: the sample's key, or a field of its metadata (uid).")] = "key",
     manifest: ManifestFolder = None,
@@ -160,6 +168,11 @@ def sidecar(
     )
     if num_failed:
         raise RunError(f"{num_failed:,} shards could not be read and have no texts; run again once they can")
+    if not num_matched:
+        raise RunError(
+            f"no row of the release names a sample: --table-key={table_key} must hold what --by={by} names (keys of samples "
+            f"are like {reader.keys(0)[:1]}; uids want --by uid)"
+        )
 
 
 def _store(folder: str | None) -> "ShardCache":

@@ -246,7 +246,8 @@ def _check_data(bad_lately: int, seen_lately: int, state: TrainState, config: Ru
             continue
         raise RunError(
             f"{bad:,} of the last {seen:,} samples could not be used (of all since the run's start: {state.faults}), more than "
-            f"data.max_bad_fraction={config.data.max_bad_fraction}; the worst shards: {quarantine.worst()}. Mend or replace "
-            f"them, leave out what quarantine.jsonl in {config.run.folder} lists (`scaleclip data subset --drop`), or raise "
-            f"the limit"
+            f"data.max_bad_fraction={config.data.max_bad_fraction}; the worst shards: {quarantine.worst()}; the last "
+            f"fault: {quarantine.last}. See to the store's address and credentials or the cache's room if it is that; mend or "
+            f"replace shards, leave out what quarantine.jsonl in {config.run.folder} lists (`scaleclip data subset --drop`), "
+            f"or raise the limit"
         )

@@ -82,6 +82,11 @@ def test_the_printed_configuration_reads_back_equal(write):
     [
         ({"optim": {"warmup_sample": 1}}, "unknown key 'optim.warmup_sample'; did you mean 'optim.warmup_samples'?"),
         ({"trian": {}}, "unknown key 'trian'; did you mean"),
+        (
+            {"data": {"sources": {"cc12m": {"manfest": "x"}}}},
+            "unknown key 'data.sources.cc12m.manfest'; did you mean 'data.sources.cc12m.manifest'?",
+        ),
+        ({"data": {"views": [{"text": ["a"]}]}}, "unknown key 'data.views.0.text'; did you mean 'data.views.0.texts'?"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast': input should be a valid number"),
         ({"train": {"zero_stage": 7}}, "train.zero_stage=7: input should be 0 or 1"),
         ({"optim": {"lr": -1}}, "optim.lr=-1: input should be greater than 0"),
@@ -92,6 +97,17 @@ def test_faults_name_key_value_and_rule(tree, message):
     with pytest.raises(ConfigError) as caught:
         parse_config(tree)
     assert message in str(caught.value)
+
+
+def test_a_list_with_a_fault_inside_is_not_also_too_short():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"data": {"views": [{"text": ["a"]}]}})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_preset_in_other_letters_is_suggested(write):
+    with pytest.raises(ConfigError, match="did you mean 'ViT-B/32'"):
+        load_config(write("a.yaml", "model: vit-b/32"))
 
 
 def test_every_fault_has_its_line():

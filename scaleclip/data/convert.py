@@ -197,8 +197,10 @@ def _recorded(job: Callable[..., _Written], shard: Any, url: str, name: str, out
     record, input_bytes = out / _STATE / f"{name}.json", _size(Path(url))
     if record.exists():
         said = json.loads(record.read_bytes())
+        if said["shard"] != url:
+            raise ConfigError(f"{out} holds {name} made from {said['shard']}, this one is {url}: give a new folder")
         # a tar that was cut off may be whole by now; one that is gone has done its service
-        is_same = said["shard"] == url and input_bytes in (None, said["input_bytes"])
+        is_same = input_bytes in (None, said["input_bytes"])
         if is_same and all(_size(out / file) == size for file, size in said["files"].items()):
             return _Done(Converted(url, said["samples"], said["bad"], said["first_bad"], ""), said["entry"])
     (out / _STATE / _WORK).mkdir(exist_ok=True)

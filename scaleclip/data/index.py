@@ -80,10 +80,10 @@ def index_tar(path: str) -> TarIndex:
     return TarIndex(np.array([*blocks, end // BLOCK], np.uint32), tuple(keys), truncated=not whole, num_bytes=num_bytes)
 
 
-def load_blocks(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint32], bool]:
-    """What a reader needs of an index file: `block_S1` and `truncated`."""
+def load_blocks(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint32], bool, int]:
+    """What a reader needs of an index file: `block_S1`, `truncated` and `num_bytes`."""
     with np.load(file) as stored:
-        return stored["block"], bool(stored["truncated"])
+        return stored["block"], bool(stored["truncated"]), int(stored["size"])
 
 
 def load_index(file: str | Path | BinaryIO) -> TarIndex:

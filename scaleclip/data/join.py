@@ -115,12 +115,12 @@ def write_sidecar(
                 yield _scan(file, key_column, columns, keys, runs)
         runs.flush()
         first = 0
-        for shard, count in zip(manifest.names, counts, strict=True):
+        for number, (shard, count) in enumerate(zip(manifest.names, counts, strict=True)):
             if shard in errors:
                 yield JoinedShard(shard, 0, 0, 0, errors[shard])
                 continue
             rows, matched, duplicates = runs.rows(first, count)
-            write_rows(sidecar_path(folder, shard), rows)
+            write_rows(sidecar_path(folder, shard), reader.keys(number), rows)
             yield JoinedShard(shard, count, matched, duplicates, "")
             first += count
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from scaleclip.config import resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.index import index_tar, load_index
 from scaleclip.data.sample import SampleError
-from scaleclip.data.shards import file_name, is_remote, read_remote
+from scaleclip.data.shards import MDS_INDEX, file_name, is_remote, read_remote
 from scaleclip.data.webdataset import index_path
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
@@ -97,7 +98,7 @@ class Counted(NamedTuple):
         said = []
         if self.error:
             said.append(f"cannot be read: {self.error}")
-        if self.truncated:
+        if self.truncated and not self.error:
             said.append("is cut off; only its whole samples are counted")
         if self.duplicate_keys:
             said.append(f"{self.duplicate_keys} samples have the key of another")
@@ -154,6 +155,8 @@ def write_manifest(shards: Sequence[str], folder: Path, cache: ShardCache, worke
         ConfigError: two shards share a file name.
     """
     names = [file_name(shard) for shard in shards]
+    if MDS_INDEX in names:
+        raise ConfigError(f"{MDS_INDEX}: an MDS folder needs no manifest, its index counts the samples")
     check_names(names)
     (folder / INDEXES).mkdir(parents=True, exist_ok=True)
     samples = []
@@ -209,6 +212,8 @@ def _index_shard(shard: str, folder: Path, cache: ShardCache) -> Counted:
     except SampleError as error:
         return Counted(shard, 0, False, 0, str(error))
     index = load_index(target)
+    if not index and index.truncated:
+        return Counted(shard, 0, True, 0, "there is no whole sample in it: it is no tar, or cut off at once")
     return Counted(shard, len(index), index.truncated, len(index) - len(set(index.keys)), "")
 
 
@@ -216,7 +221,10 @@ def _is_current(index: Path, shard: str) -> bool:
     """Whether a shard was indexed whole and, where that costs nothing to see, has its size still."""
     if not index.exists():
         return False
-    known = load_index(index)
+    try:
+        known = load_index(index)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
     return not known.truncated and (is_remote(shard) or known.num_bytes == os.path.getsize(shard))
 
 
@@ -229,5 +237,6 @@ def _stats_count(key: str, shard: str) -> int:
     except Exception as error:
         raise ConfigError(
             f"{key}: the number of samples in {shard} is unknown: {file_name(stats)} beside it (img2dataset) is missing or has "
-            f"no `successes` ({type(error).__name__}: {error}); run `scaleclip data index` on the shards and set {key}.manifest"
+            f"no `successes` ({type(error).__name__}: {error}); run `scaleclip data index` on the shards and "
+            f"give the manifest's folder ({key}.manifest, or --manifest)"
         ) from None

@@ -34,7 +34,7 @@ def expand_shards(key: str, patterns: Sequence[str], *, must_exist: bool = True)
 
     Args:
         key: the configuration's key, for errors.
-        patterns: paths, globs, brace ranges, URLs, `package:`.
+        patterns: paths, globs, brace ranges, URLs, `package:`; a local folder stands for its tars, or for its MDS index.
         must_exist: look whether every local path is there; a manifest makes that unnecessary, and 600,000 looks take long.
 
     Raises:
@@ -44,7 +44,8 @@ def expand_shards(key: str, patterns: Sequence[str], *, must_exist: bool = True)
     for pattern in patterns:
         paths = list(braceexpand(pattern if is_remote(pattern) else resolve_path(pattern)))
         if _has_magic(pattern):
-            paths = [path for part in paths for path in _matches(part)]
+            paths = [path for part in paths for path in _matches(key, part)]
+        paths = [path for part in paths for path in _inside(part)] if must_exist else paths
         missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)] if must_exist else []
         if not paths or missing:
             named = f"; {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}" if missing else ""
@@ -64,10 +65,25 @@ def _has_magic(path: str) -> bool:
     return any(sign in path.partition("?")[0] for sign in "*[") if is_remote(path) else glob.has_magic(path)
 
 
-def _matches(path: str) -> list[str]:
+def _inside(path: str) -> list[str]:
+    """The shards of a local folder."""
+    if is_remote(path) or not os.path.isdir(path):
+        return [path]
+    index = os.path.join(path, MDS_INDEX)
+    return [index] if os.path.exists(index) else sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+
+
+def _matches(key: str, path: str) -> list[str]:
     if not _has_magic(path):
         return [path]
     if not is_remote(path):
         return glob.glob(path)
-    system, inside = fsspec.core.url_to_fs(path)
-    return [system.unstrip_protocol(found) for found in system.glob(inside)]
+    try:
+        system, inside = fsspec.core.url_to_fs(path)
+        return [system.unstrip_protocol(found) for found in system.glob(inside)]
+    # what the file systems behind fsspec raise has no common base
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {path} cannot be listed ({type(error).__name__}: {error}): check the URL, the store's package, its "
+            f"endpoint and credentials (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID ...)"
+        ) from error

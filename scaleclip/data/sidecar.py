@@ -4,6 +4,7 @@ The files are Arrow's (IPC, uncompressed) and are mapped, so that the processes 
 text is read without the rest of its shard. `scaleclip data sidecar` writes them.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from scaleclip.files import write_atomic
 
 # as many as TarReader keeps
 _OPEN_SHARDS = 1024
+_KEYS = "__key__"
 
 
 class Sidecar:
@@ -37,24 +39,30 @@ class Sidecar:
         if first is None:
             raise ConfigError(f"{key}={folder}: has no file for any of the shards: run `scaleclip data sidecar` on them")
         try:
-            self.columns = tuple(self._open_shard(first))
+            self.columns = tuple(name for name in self._open_shard(first) if name != _KEYS)
             """Names of the texts, by the first file that is there."""
         except SampleError as error:
             raise ConfigError(f"{key}={folder}: {error.detail}: run `scaleclip data sidecar` again") from None
         self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
-    def text(self, shard: int, ordinal: int, column: str) -> str | None:
-        """The text of a sample, or None where the release has none.
+    def text(self, shard: int, ordinal: int, column: str, key: str) -> str | None:
+        """The text of a sample that has this key, or None where the release has none.
 
         Raises:
-            SampleError: the shard's file is missing, damaged or shorter than the shard, or the text is not UTF-8.
+            SampleError: the shard's file is missing, damaged, shorter than the shard or made from another of its name, or the
+                text is not UTF-8.
         """
         columns = self._open(shard)
-        if column not in columns:
-            raise SampleError("bad_sidecar", f"{self._path(shard)} has no column {column!r}")
+        for name in (column, _KEYS):
+            if name not in columns:
+                raise SampleError("bad_sidecar", f"{self._path(shard)} has no column {name!r}")
         rows = columns[column]
         if ordinal >= len(rows):
             raise SampleError("short_sidecar", f"{self._path(shard)} has {len(rows)} rows, row {ordinal} was asked for")
+        if columns[_KEYS][ordinal].as_py() != _mark(key):
+            raise SampleError(
+                "wrong_sidecar", f"row {ordinal} of {self._path(shard)} is not of {key}: it was made from other shards"
+            )
         try:
             text: str | None = rows[ordinal].as_py()
         except UnicodeDecodeError as error:
@@ -78,13 +86,18 @@ class Sidecar:
         return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
+def _mark(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).digest())
+
+
 def sidecar_path(folder: Path, shard: str) -> Path:
     """Where the texts of a shard, called as in the manifest, lie in a sidecar's folder."""
     return folder / f"{shard}.arrow"
 
 
-def write_rows(path: Path, rows: pa.RecordBatch) -> None:
-    """Write the file of a shard: a row a sample, a column of strings a text."""
+def write_rows(path: Path, keys: Sequence[str], rows: pa.RecordBatch) -> None:
+    """Write the file of a shard: a row a sample, a column of strings a text, and 32 bits of the sample's key."""
+    rows = rows.append_column(_KEYS, pa.array([_mark(key) for key in keys], pa.uint32()))
     # an MDS shard's name may begin with a folder
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = pa.BufferOutputStream()

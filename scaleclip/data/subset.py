@@ -98,6 +98,8 @@ def write_subset(
                 fault = fault or chosen.error
                 yield Chosen(whole.shards[shard], *chosen)
     if not any(len(each) for each in kept):
+        if not fault and choice.by == _KEY and (choice.keep or "").endswith(".npy"):
+            fault = "uids are a field of the metadata: say --by uid"
         said = f" ({fault})" if fault else ""
         raise ConfigError(f"nothing is kept: no sample of {', '.join(patterns)} passes {_said(choice)}{said}")
     if whole.folder and (whole.folder / INDEXES).exists() and not (out / INDEXES).exists():
@@ -144,7 +146,12 @@ def _choose(shard: int) -> _Found:
     indices = range(int(manifest.counts[shard]))
     bad = _job.bad.get(manifest.names[shard], frozenset())
     ordinals = [ordinal for index in indices if (ordinal := manifest.ordinal(shard, index)) not in bad]
+    if not ordinals:
+        return _Found(len(indices), np.zeros(0, np.uint32), "")
     try:
+        # the manifest may count samples that a cut tar has no more
+        num_there = len(_job.reader.keys(shard))
+        ordinals = [ordinal for ordinal in ordinals if ordinal < num_there]
         if choice.where or choice.by != _KEY:
             rows = _metadata(shard, ordinals)
             found = _query(f"SELECT * FROM rows WHERE ({choice.where or True}) ORDER BY ordinal", rows=rows)
@@ -245,7 +252,12 @@ def _digest(key: str | None) -> bytes:
 
 def _read_uids(path: str) -> NDArray[np.bytes_]:
     """DataComp's files of subsets: each uid as its two halves, uint64."""
-    uids = np.load(resolve_path(path))
+    try:
+        uids = np.load(resolve_path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as DataComp's uids: {error}: write the keys to a .txt, a line each"
+        ) from None
     if uids.dtype.kind != "V" or uids.dtype.itemsize != 16:
         raise ConfigError(
             f"{path}: has {uids.dtype}, not DataComp's uids, two uint64 each: write the keys to a .txt, a line each"

@@ -85,6 +85,8 @@ class Quarantine:
 
     def __init__(self, folder: Path | None) -> None:
         self._path = folder / _QUARANTINE if folder else None
+        self.last = ""
+        """What was wrong with the sample that was added last."""
         self._by_shard: Counter[tuple[str, str]] = Counter()
         self._seen: set[tuple[str, str, int]] = set()
         if self._path and self._path.exists():
@@ -98,6 +100,7 @@ class Quarantine:
         """Count faults and write those of samples that are new, up to 100,000 of them."""
         lines = []
         for fault in faults:
+            self.last = f"{fault.cause}: {fault.detail}"
             self._by_shard[fault.source, fault.shard] += 1
             place = (fault.source, fault.shard, fault.sample)
             if self._path and place not in self._seen and len(self._seen) < _MOST_QUARANTINED:

@@ -122,7 +122,7 @@ def _json_field(path: str, sample: Sample, shard: int, ordinal: int) -> str | No
 
 
 def _column(sidecar: Sidecar, column: str, sample: Sample, shard: int, ordinal: int) -> str | None:
-    return sidecar.text(shard, ordinal, column)
+    return sidecar.text(shard, ordinal, column, sample.key)
 
 
 # texts and concept of a sample come one after the other, so one entry parses a member once

@@ -13,7 +13,7 @@ from scaleclip.data.sample import Sample, SampleError
 from scaleclip.data.shards import file_name
 from scaleclip.data.tar import BLOCK, TarDamage, split_name, walk
 
-_INDEX = "index"
+_INDEX = "tar-index"
 
 
 class TarReader:
@@ -56,7 +56,10 @@ class TarReader:
         path = self._cache.path(self._shards[shard])
         stored = self._stored_index(shard)
         try:
-            return _Shard(path, stored or self._made_index(path))
+            opened = _Shard(path, stored or self._made_index(path))
+            if opened.num_bytes > opened.num_bytes_indexed:
+                raise SampleError("other_shard", f"{path} is not the tar that was indexed: run `scaleclip data index` on these")
+            return opened
         except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             if stored:
                 named = index_path(self._indexes or Path(), self._shards[shard])
@@ -83,9 +86,10 @@ def index_path(folder: Path, shard: str) -> Path:
 class _Shard:
     def __init__(self, path: str, index: io.BytesIO) -> None:
         self._path = path
-        blocks, self._truncated = load_blocks(index)
+        blocks, self._truncated, self.num_bytes_indexed = load_blocks(index)
         self._starts = blocks.astype("int64") * BLOCK
         self._file = os.open(path, os.O_RDONLY)
+        self.num_bytes = os.fstat(self._file).st_size
 
     def span(self, ordinal: int) -> tuple[int, int]:
         """First and last + 1 byte of a sample. Raises SampleError where there is none."""

@@ -12,6 +12,7 @@ import pytest
 from helpers import make_sample, write_tar
 from scaleclip.data.index import index_tar
 from scaleclip.data.manifest import write_manifest
+from scaleclip.data.sample import SampleError
 from scaleclip.data.shards import expand_shards, file_name
 from scaleclip.data.source import open_shards
 from scaleclip.data.subset import Choice, write_subset
@@ -96,13 +97,12 @@ def test_indexing_says_what_is_wrong_with_a_shard(shards, tmp_path, cache):
     write_tar(shards / "00000.tar", [make_sample(i % 3) for i in range(6)])
     data = (shards / "00001.tar").read_bytes()
     (shards / "00001.tar").write_bytes(data[: len(data) // 2])
-    (shards / "00003.tar").unlink()
-    (shards / "00003.tar").mkdir()
+    (shards / "00003.tar").write_bytes(b"x" * 5000)
     found = index([f"{shards}/*.tar"], tmp_path / "m", cache)
     assert found[0].warnings() == ["3 samples have the key of another"]
     assert found[1].warnings() == ["is cut off; only its whole samples are counted"]
     assert found[2].warnings() == []
-    assert found[3].warnings() == ["cannot be read: Is a directory"]
+    assert found[3].warnings() == ["cannot be read: there is no whole sample in it: it is no tar, or cut off at once"]
     assert [counted.samples for counted in found] == [6, 2, 12, 0]
 
 
@@ -294,6 +294,50 @@ def test_keys_of_indexed_remote_shards_cost_no_download(shards, tmp_path, cache)
     assert cache.take_counts() == {}
 
 
+def test_a_folder_stands_for_its_tars_or_its_mds_index(shards, tmp_path):
+    assert names(expand_shards("SHARDS", [str(shards)])) == [f"{n:05d}.tar" for n in range(4)]
+    (tmp_path / "mds").mkdir()
+    (tmp_path / "mds" / "index.json").touch()
+    assert names(expand_shards("SHARDS", [f"{tmp_path}/{{mds,shards}}"])) == ["index.json", *(f"{n:05d}.tar" for n in range(4))]
+
+
+def test_a_store_that_cannot_be_listed_is_named():
+    with pytest.raises(
+        ConfigError, match=r"SHARDS: s4://bucket/\*\.tar cannot be listed \(ValueError.*endpoint and credentials"
+    ):
+        expand_shards("SHARDS", ["s4://bucket/*.tar"])
+
+
+def test_mds_needs_no_manifest(tmp_path, cache):
+    (tmp_path / "index.json").touch()
+    with pytest.raises(ConfigError, match="an MDS folder needs no manifest"):
+        index([f"{tmp_path}/index.json"], tmp_path / "m", cache)
+
+
+def test_a_manifest_of_other_tars_is_a_fault_of_their_samples(shards, tmp_path, cache):
+    index([f"{shards}/*.tar"], tmp_path / "m", cache)
+    write_tar(shards / "00001.tar", [make_sample(i) for i in range(9)])
+    _, read = open_shards("k", [f"{shards}/*.tar"], str(tmp_path / "m"), cache)
+    with pytest.raises(SampleError, match=r"other_shard.*is not the tar that was indexed"):
+        read(1, 0)
+
+
+def test_samples_that_a_cut_tar_has_no_more_are_not_chosen(shards, tmp_path, cache):
+    data = (shards / "00002.tar").read_bytes()
+    (shards / "00002.tar").write_bytes(data[: len(data) // 2])
+    for choice in (Choice(where="concept IS NOT NULL"), Choice(drop=write_keys(tmp_path / "keys.txt", KEEP))):
+        chosen = choose(shards, cache, tmp_path / "s", choice)
+        assert 4 <= len(chosen[2].kept) <= 6
+        assert not chosen[2].error
+
+
+def test_a_subset_of_a_subset_with_empty_shards(shards, tmp_path, cache):
+    choose(shards, cache, tmp_path / "few", Choice(keep=write_keys(tmp_path / "keys.txt", ["000000003", "000000004"])))
+    again = choose(shards, cache, tmp_path / "fewer", Choice(where="concept = 'c3'"), manifest=str(tmp_path / "few"))
+    assert [each.error for each in again] == [""] * 4
+    assert all_kept(shards, cache, tmp_path / "fewer") == ["000000003"]
+
+
 def test_signed_urls_are_shards():
     signed = "https://host/laion/00000.tar?sig=a*b"
     assert expand_shards("SHARDS", [signed]) == [signed]
@@ -318,6 +362,7 @@ def test_another_subset_of_as_many_is_another_data_set(shards, tmp_path, cache, 
         ({"keep": "nothing.txt"}, "nothing is kept: .* passes --keep"),
         ({"keep": "some.txt", "by": "uid"}, "--by uid: no sample has such a field"),
         ({"keep": "numbers.npy"}, "not DataComp's uids"),
+        ({"keep": "objects.npy"}, "cannot be read as DataComp's uids: .*write the keys to a .txt"),
         ({"drop": "quarantine.jsonl"}, "is no quarantine"),
     ],
 )
@@ -326,6 +371,7 @@ def test_wrong_choices_say_what_is_wrong(shards, tmp_path, cache, choice, messag
     write_keys(tmp_path / "nothing.txt", ["1"])
     write_keys(tmp_path / "some.txt", KEEP)
     np.save(tmp_path / "numbers.npy", np.arange(3))
+    np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object))
     (tmp_path / "quarantine.jsonl").write_text("{}\n")
     choice = {name: str(tmp_path / value) if name in ("keep", "drop") else value for name, value in choice.items()}
     with pytest.raises(ConfigError, match=message):

@@ -68,7 +68,7 @@ def do_join(folder, tables, keys=KEYS, broken=(), key_column="id", columns=("re"
 
 def texts_of(folder, keys=KEYS, column="re"):
     sidecar = Sidecar("key", str(folder), list(keys))
-    return {name: [sidecar.text(shard, i, column) for i in range(len(keys[name]))] for shard, name in enumerate(keys)}
+    return {name: [sidecar.text(shard, i, column, key) for i, key in enumerate(keys[name])] for shard, name in enumerate(keys)}
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_globs_compression_and_several_columns(tmp_path):
 def test_keys_may_be_numbers(tmp_path):
     table = write_parquet(tmp_path / "t.parquet", [(7, "seven"), (12, "twelve")])
     do_join(tmp_path / "out", [table], {"0.tar": ["12", "7", "07"]})
-    assert texts_of(tmp_path / "out", {"0.tar": "..."}) == {"0.tar": ["twelve", "seven", None]}
+    assert texts_of(tmp_path / "out", {"0.tar": ["12", "7", "07"]}) == {"0.tar": ["twelve", "seven", None]}
 
 
 def test_samples_are_found_by_a_field_of_their_json(tmp_path):
@@ -190,7 +190,8 @@ def test_samples_of_real_tars(tmp_path):
     table = write_parquet(tmp_path / "t.parquet", [("thing 5", "five"), ("thing 0", "zero")])
     options = {"key_column": "id", "columns": ["re"]}
     list(write_sidecar(manifest, reader, [table], tmp_path / "out", sample_key="captions.name", **options))
-    assert texts_of(tmp_path / "out", {"00000.tar": "....", "00001.tar": "..."}) == {
+    keys = {"00000.tar": [make_sample(i)[0] for i in range(4)], "00001.tar": [make_sample(i)[0] for i in range(4, 7)]}
+    assert texts_of(tmp_path / "out", keys) == {
         "00000.tar": ["zero", None, None, None],
         "00001.tar": [None, "five", None],
     }
@@ -202,8 +203,8 @@ def test_a_shard_without_keys_is_said_and_gets_no_file(tmp_path, release):
     assert not sidecar_path(tmp_path / "out", "0.tar").exists()
     sidecar = Sidecar("key", str(tmp_path / "out"), list(KEYS))
     with pytest.raises(SampleError, match="missing_sidecar"):
-        sidecar.text(0, 0, "re")
-    assert [sidecar.text(2, i, "re") for i in range(5)] == EXPECTED["2.tar"]
+        sidecar.text(0, 0, "re", KEYS["0.tar"][0])
+    assert [sidecar.text(2, i, "re", key) for i, key in enumerate(KEYS["2.tar"])] == EXPECTED["2.tar"]
 
 
 def test_no_match_at_all_gives_a_sidecar_without_texts(tmp_path):
@@ -263,7 +264,7 @@ def test_a_damaged_table_ends_the_join_and_leaves_no_spilled_files(tmp_path, nam
 
 
 def write_one(folder: Path, name: str = "0.tar") -> None:
-    write_rows(sidecar_path(folder, name), pa.record_batch({"re": ["A", "B"]}))
+    write_rows(sidecar_path(folder, name), ["a", "b"], pa.record_batch({"re": ["A", "B"]}))
 
 
 @pytest.mark.parametrize(
@@ -273,9 +274,10 @@ def write_one(folder: Path, name: str = "0.tar") -> None:
         (lambda path: path.write_bytes(b""), "bad_sidecar"),
         (lambda path: path.write_bytes(path.read_bytes()[:-20]), "bad_sidecar"),
         (lambda path: path.write_bytes(b"x" * 1000), "bad_sidecar"),
-        (lambda path: write_rows(path, pa.record_batch({"re": ["A"]})), "short_sidecar"),
-        (lambda path: write_rows(path, pa.record_batch({"other": ["A", "B"]})), "bad_sidecar"),
-        (lambda path: write_rows(path, not_utf8()), "undecodable_text"),
+        (lambda path: write_rows(path, ["a"], pa.record_batch({"re": ["A"]})), "short_sidecar"),
+        (lambda path: write_rows(path, ["a", "b"], pa.record_batch({"other": ["A", "B"]})), "bad_sidecar"),
+        (lambda path: write_rows(path, ["a", "b"], not_utf8()), "undecodable_text"),
+        (lambda path: write_rows(path, ["a", "c"], pa.record_batch({"re": ["A", "B"]})), "wrong_sidecar"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_counted_at_its_samples(tmp_path, damage, cause):
@@ -284,9 +286,9 @@ def test_what_is_wrong_with_a_file_is_counted_at_its_samples(tmp_path, damage, c
     damage(sidecar_path(tmp_path, "1.tar"))
     sidecar = Sidecar("key", str(tmp_path), ["0.tar", "1.tar"])
     with pytest.raises(SampleError) as caught:
-        sidecar.text(1, 1, "re")
+        sidecar.text(1, 1, "re", "b")
     assert caught.value.cause == cause
-    assert sidecar.text(0, 1, "re") == "B"
+    assert sidecar.text(0, 1, "re", "b") == "B"
 
 
 def not_utf8():
@@ -308,8 +310,8 @@ def test_open_shards_hold_no_file_descriptors(tmp_path):
         write_one(tmp_path, name)
     sidecar = Sidecar("key", str(tmp_path), names)
     before = len(os.listdir("/proc/self/fd"))
-    assert [sidecar.text(i, 0, "re") for i in range(50)] == ["A"] * 50
+    assert [sidecar.text(i, 0, "re", "a") for i in range(50)] == ["A"] * 50
     assert len(os.listdir("/proc/self/fd")) == before
     for name in names:
         sidecar_path(tmp_path, name).unlink()
-    assert sidecar.text(20, 1, "re") == "B", "the mapping outlives the file"
+    assert sidecar.text(20, 1, "re", "b") == "B", "the mapping outlives the file"

@@ -101,5 +101,8 @@ def test_too_many_bad_samples_of_all_or_of_the_last_ones_stop_a_run(faults, samp
     if message is None:
         _check_data(*lately, state, RunConfig(), quarantine)
     else:
-        with pytest.raises(RunError, match=rf"{message} .*missing_shard.*max_bad_fraction=0\.1; the worst shards: a\.tar"):
+        with pytest.raises(
+            RunError,
+            match=rf"{message} .*missing_shard.*max_bad_fraction=0\.1; the worst shards: a\.tar.*fault: undecodable_image: why",
+        ):
             _check_data(*lately, state, RunConfig(), quarantine)

@@ -110,7 +110,8 @@ def test_a_concept_is_a_string_or_nothing(location, expected):
 
 
 def test_a_column_of_a_sidecar_is_a_text(tmp_path):
-    write_rows(tmp_path / "0.tar.arrow", pa.record_batch({"re": pa.array(["long \u00e9", None]), "n": ["a", "b"]}))
+    rows = pa.record_batch({"re": pa.array(["long \u00e9", None]), "n": ["a", "b"]})
+    write_rows(tmp_path / "0.tar.arrow", ["a", "b"], rows)
     finder = TextFinder(
         "mine", SourceConfig(texts={"recap": "more:re", "caption": "txt"}, sidecars={"more": str(tmp_path)}), ["0.tar"]
     )
@@ -118,6 +119,8 @@ def test_a_column_of_a_sidecar_is_a_text(tmp_path):
     assert finder(Sample("b", {"txt": b"t"}), 0, 1) == {"caption": "t"}
     with pytest.raises(SampleError, match="short_sidecar"):
         finder(Sample("c", {"txt": b"t"}), 0, 2)
+    with pytest.raises(SampleError, match="wrong_sidecar"):
+        finder(Sample("of another set", {"txt": b"t"}), 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_a_column_of_a_sidecar_is_a_text(tmp_path):
     ],
 )
 def test_faults_of_the_user_are_named_at_the_start(tmp_path, change, message):
-    write_rows(tmp_path / "0.tar.arrow", pa.record_batch({"re": ["a"]}))
+    write_rows(tmp_path / "0.tar.arrow", ["key"], pa.record_batch({"re": ["a"]}))
     with pytest.raises(ConfigError) as caught:
         TextFinder("mine", SourceConfig(**({"sidecars": {"more": str(tmp_path)}} | change)), ["0.tar"])
     assert message in str(caught.value)
