@@ -304,6 +304,12 @@ def test_a_folder_with_other_files_is_refused(tmp_path, cache, tars):
     go(to_mds(tars, tmp_path / "mds", cache, workers=1, compression="zstd"))
     with pytest.raises(ConfigError, match=r"compression=zstd.*compression=None"):
         list(to_mds(tars, tmp_path / "mds", cache, workers=1))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tar(other / tars[0].rpartition("/")[2], [make_sample(1)])
+    paths = [str(path) for path in other.glob("*.tar")]
+    with pytest.raises(ConfigError, match=r"holds .* made from .*this one is .*other/.*: give a new folder"):
+        list(to_mds(paths, tmp_path / "mds", cache, workers=1, compression="zstd"))
 
 
 def test_unknown_options_are_refused_before_anything_is_written(tmp_path, cache, tars):
