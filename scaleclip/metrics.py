@@ -59,7 +59,7 @@ class Row(NamedTuple):
     cache: dict[str, int]
     """Remote shards since the row before, all ranks: downloads, downloaded_bytes, retries, evictions."""
     lost_workers: int
-    """Loader processes that died and were replaced since this start, all ranks."""
+    """Times that loader processes died and were replaced since this start, all ranks."""
     memory_gib: float
     """Peak memory of rank 0: allocated on the GPU, or resident without one."""
     invalid: dict[str, int]

@@ -28,7 +28,7 @@ class Tally:
     stage_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the loader processes by stage; `hand-over` is the training process's, from ready to received."""
     lost_workers: int = 0
-    """Loader processes that died and were replaced."""
+    """Times that loader processes died and were replaced."""
 
     def add(self, batch: Batch, asked_s: float, received_s: float) -> None:
         """A batch that the training process asked for and received at these times of time.monotonic()."""

@@ -1,8 +1,9 @@
 """Training batches from an object store that fails: a real S3 protocol server behind a proxy with faults."""
 
 import os
-import subprocess
+import signal
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -76,20 +77,25 @@ def test_batches_of_a_bucket_are_those_of_the_disk(tiny_config, store: ObjectSto
     assert not counts["retries"]
 
 
-def test_processes_start_before_anything_knows_the_store(tiny_config, store: ObjectStore, shards, tmp_path):
-    """With a manifest nothing asks the store at the start: what loads its library first must not be a thread at a fork."""
-    index = ["data", "index", f"{shards}/*.tar", "--out", str(tmp_path / "manifest")]
-    assert subprocess.run([sys.executable, "-m", "scaleclip", *index], check=False, capture_output=True).returncode == 0
-    script = f"""
-import sys
-from test_remote import read
-assert "s3fs" not in sys.modules
-found, counts = read({str(tiny_config)!r}, *{remote()!r}, "data.sources.tiny.manifest={tmp_path}/manifest", "data.workers=4")
-assert all(not batch.faults for batch in found) and counts["downloads"] == 4, counts
-"""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+def test_no_thread_fetches_while_processes_are_forked(tiny_config, store: ObjectStore, monkeypatch: pytest.MonkeyPatch):
+    """A thread may hold the lock of an import or of a shard, and a process forked meanwhile would wait for it for ever."""
+    forked_beside: list[list[str]] = []
+    start_workers = TrainBatches._start_workers
+
+    def note(self):
+        forked_beside.append([thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")])
+        return start_workers(self)
+
+    monkeypatch.setattr(TrainBatches, "_start_workers", note)
+    dataset, config = open_dataset(tiny_config, *remote(), "data.workers=2")
+    batches = TrainBatches(dataset, 0, 8, config)
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")], "but afterwards they do"
+    for worker in batches._batches._workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    assert len(list(batches)) == 8
+    batches.close()
+    assert forked_beside == [[]] * (1 + batches.lost_workers)
+    assert batches.lost_workers >= 1
 
 
 def test_globs_of_a_bucket(tiny_config, store: ObjectStore):
