@@ -10,24 +10,23 @@ thread a process; the pipelines take turns, round after round. A sample's cost i
 """
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar, get_args
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from arguments import file_with, list_of, natural, one_of, positive, seconds
 from data_bench import records, runner, tables
 from data_bench.points import Format, Task
 from loss_bench.summary import About
 
-T = TypeVar("T")
 QUIET_LOAD = 0.5
 
 
@@ -113,61 +112,32 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is measured (lists are separated by commas)")
     what.add_argument(
         "--task",
-        type=_list(_one_of(*get_args(Task))),
+        type=list_of(one_of(*get_args(Task))),
         default=list(get_args(Task)),
         metavar="NAMES",
         help="reader: samples as bytes; stages: a pipeline's parts; whole: a training pipeline (default: all three)",
     )
     what.add_argument(
-        "--size", type=_list(_positive), default=[256, 512, 1024], metavar="PIXELS", help="(default: 256,512,1024)"
+        "--size", type=list_of(positive), default=[256, 512, 1024], metavar="PIXELS", help="(default: 256,512,1024)"
     )
-    what.add_argument("--crop", type=_positive, default=224, metavar="PIXELS", help="the model's input (default: 224)")
-    what.add_argument("--format", type=_list(_one_of(*get_args(Format))), default=["tar"], help="tar, mds (default: tar)")
-    what.add_argument("--workers", type=_list(_natural), default=[0], metavar="NUMBERS", help="loader processes (default: 0)")
-    what.add_argument("--batch", type=_positive, default=128, help="samples a batch (default: 128)")
+    what.add_argument("--crop", type=positive, default=224, metavar="PIXELS", help="the model's input (default: 224)")
+    what.add_argument("--format", type=list_of(one_of(*get_args(Format))), default=["tar"], help="tar, mds (default: tar)")
+    what.add_argument("--workers", type=list_of(natural), default=[0], metavar="NUMBERS", help="loader processes (default: 0)")
+    what.add_argument("--batch", type=positive, default=128, help="samples a batch (default: 128)")
     effort = parser.add_argument_group("effort")
-    effort.add_argument("--samples", type=_positive, default=1024, help="pictures of each size, at least (default: 1024)")
-    effort.add_argument("--rounds", type=_positive, default=5, help="times that every pipeline gets its turn (default: 5)")
+    effort.add_argument("--samples", type=positive, default=1024, help="pictures of each size, at least (default: 1024)")
+    effort.add_argument("--rounds", type=positive, default=5, help="times that every pipeline gets its turn (default: 5)")
     effort.add_argument(
-        "--least-cpu", type=_seconds, default=2.0, metavar="SECONDS", help="of processor time a measurement (default: 2)"
+        "--least-cpu", type=seconds, default=2.0, metavar="SECONDS", help="of processor time a measurement (default: 2)"
     )
-    effort.add_argument("--timeout", type=_seconds, default=900, metavar="SECONDS", help="for one process (default: 900)")
+    effort.add_argument("--timeout", type=seconds, default=900, metavar="SECONDS", help="for one process (default: 900)")
     output = parser.add_argument_group("where it goes, beside the tables")
-    output.add_argument("--csv", type=_file(".csv"), metavar="PATH", help="measuring a point again replaces its rows")
-    output.add_argument("--plot", type=_file(".png", ".pdf", ".svg"), metavar="PATH", help="samples a CPU-second, and stages")
+    output.add_argument("--csv", type=file_with(".csv"), metavar="PATH", help="measuring a point again replaces its rows")
+    output.add_argument(
+        "--plot", type=file_with(".png", ".pdf", ".svg"), metavar="PATH", help="samples a CPU-second, and stages"
+    )
     output.add_argument("--from-csv", type=Path, metavar="PATH", help="only draw --plot, from the .csv of earlier runs")
     return parser
-
-
-def _list(one: Callable[[str], T]) -> Callable[[str], list[T]]:
-    def parse(text: str) -> list[T]:
-        return list(dict.fromkeys(one(word.strip()) for word in text.split(",")))
-
-    return parse
-
-
-def _checked(parse: Callable[[str], T], holds: Callable[[T], bool], rule: str) -> Callable[[str], T]:
-    def checked(text: str) -> T:
-        with contextlib.suppress(ValueError):
-            value = parse(text)
-            if holds(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-
-    return checked
-
-
-_positive = _checked(int, lambda value: value > 0, "a whole number above 0")
-_natural = _checked(int, lambda value: value >= 0, "a whole number")
-_seconds = _checked(float, lambda value: value > 0, "a number of seconds above 0")
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    return _checked(str, lambda value: value in names, f"one of {', '.join(names)}")
-
-
-def _file(*suffixes: str) -> Callable[[str], Path]:
-    return _checked(Path, lambda path: path.suffix in suffixes, f"a path that ends in {' or '.join(suffixes)}")
 
 
 if __name__ == "__main__":

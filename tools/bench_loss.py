@@ -11,24 +11,22 @@ Every loss is first compared with fp64. One that is wrong gets no speed, and the
 """
 
 import argparse
-import contextlib
 import itertools
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from arguments import checked, file_with, list_of, one_of, positive, seconds
 from loss_bench import estimate, fit, records, runner, summary
 from loss_bench.implementations import REGISTRY, find
 from loss_bench.points import DTYPE_BYTES, Comparison, label_of
 
-T = TypeVar("T")
 QUIET_LOAD = 0.5
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6, "GB": 10**9}
 
@@ -163,47 +161,47 @@ def _parser() -> argparse.ArgumentParser:
     sizes = parser.add_argument_group("what is measured (lists are separated by commas)")
     sizes.add_argument(
         "--impl",
-        type=_list(_impl),
+        type=list_of(_impl),
         default=["panels", "open_clip"],
         metavar="NAMES",
         help=f"of {', '.join(REGISTRY)}, or name=module:function[:sigmoid] (default: panels,open_clip)",
     )
-    sizes.add_argument("--batch", type=_list(_positive), metavar="NUMBERS", help="pairs over all ranks (default: 8192)")
-    sizes.add_argument("--dim", type=_list(_positive), default=[512], metavar="NUMBERS", help="feature dims (default: 512)")
-    sizes.add_argument("--dtype", type=_list(_one_of(*DTYPE_BYTES)), default=["fp32"], help="fp32, bf16, fp16 (default: fp32)")
-    sizes.add_argument("--scale", type=_list(_scale), default=[14.3], metavar="NUMBERS", help="logit scales (default: 14.3)")
+    sizes.add_argument("--batch", type=list_of(positive), metavar="NUMBERS", help="pairs over all ranks (default: 8192)")
+    sizes.add_argument("--dim", type=list_of(positive), default=[512], metavar="NUMBERS", help="feature dims (default: 512)")
+    sizes.add_argument("--dtype", type=list_of(one_of(*DTYPE_BYTES)), default=["fp32"], help="fp32, bf16, fp16 (default: fp32)")
+    sizes.add_argument("--scale", type=list_of(_scale), default=[14.3], metavar="NUMBERS", help="logit scales (default: 14.3)")
     sizes.add_argument(
         "--mode",
-        type=_list(_one_of("forward", "full")),
+        type=list_of(one_of("forward", "full")),
         default=["full"],
         help="full: loss and gradients; forward: the loss alone, without autograd (default: full)",
     )
     sizes.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sizes.add_argument("--threads", type=_positive, default=2, help="of each process or rank (default: 2)")
+    sizes.add_argument("--threads", type=positive, default=2, help="of each process or rank (default: 2)")
     sizes.add_argument(
         "--matmul-precision",
-        type=_list(_one_of("highest", "high", "medium")),
+        type=list_of(one_of("highest", "high", "medium")),
         default=["highest"],
         help="torch.set_float32_matmul_precision, the same for all that is compared; peers also run at their other settings, "
         "of which the fastest is marked (default: highest)",
     )
     ranks = parser.add_argument_group("over ranks on this machine (gloo, or nccl with --device cuda)")
-    ranks.add_argument("--world", type=_positive, default=1, help="ranks (default: 1)")
+    ranks.add_argument("--world", type=positive, default=1, help="ranks (default: 1)")
     ranks.add_argument(
-        "--schedule", type=_list(_one_of("auto", "ring", "gather")), metavar="NAMES", help="of our losses (default: auto)"
+        "--schedule", type=list_of(one_of("auto", "ring", "gather")), metavar="NAMES", help="of our losses (default: auto)"
     )
     effort = parser.add_argument_group("effort")
-    effort.add_argument(
-        "--rounds", type=_positive, default=3, help="times that every implementation gets its turn (default: 3)"
-    )
-    effort.add_argument("--repeats", type=_positive, default=3, help="timed iterations a turn, after one warm-up (default: 3)")
-    effort.add_argument("--timeout", type=_seconds, default=900, metavar="SECONDS", help="for one process (default: 900)")
+    effort.add_argument("--rounds", type=positive, default=3, help="times that every implementation gets its turn (default: 3)")
+    effort.add_argument("--repeats", type=positive, default=3, help="timed iterations a turn, after one warm-up (default: 3)")
+    effort.add_argument("--timeout", type=seconds, default=900, metavar="SECONDS", help="for one process (default: 900)")
     output = parser.add_argument_group("where it goes, beside the table")
     output.add_argument(
-        "--csv", type=_file(".csv"), metavar="PATH", help="a row a point; measuring a point again replaces its row"
+        "--csv", type=file_with(".csv"), metavar="PATH", help="a row a point; measuring a point again replaces its row"
     )
-    output.add_argument("--json", type=_file(".json"), metavar="PATH", help="the same as JSON")
-    output.add_argument("--plot", type=_file(".png", ".pdf", ".svg"), metavar="PATH", help="time and memory against the batch")
+    output.add_argument("--json", type=file_with(".json"), metavar="PATH", help="the same as JSON")
+    output.add_argument(
+        "--plot", type=file_with(".png", ".pdf", ".svg"), metavar="PATH", help="time and memory against the batch"
+    )
     instead = parser.add_argument_group("instead of timing").add_mutually_exclusive_group()
     instead.add_argument("--from-csv", type=Path, metavar="PATH", help="only draw --plot, from a .csv or .json of earlier runs")
     instead.add_argument(
@@ -216,35 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(one: Callable[[str], T]) -> Callable[[str], list[T]]:
-    def parse(text: str) -> list[T]:
-        return list(dict.fromkeys(one(word.strip()) for word in text.split(",")))
-
-    return parse
-
-
-def _checked(parse: Callable[[str], T], holds: Callable[[T], bool], rule: str) -> Callable[[str], T]:
-    def checked(text: str) -> T:
-        with contextlib.suppress(ValueError):
-            value = parse(text)
-            if holds(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-
-    return checked
-
-
-_positive = _checked(int, lambda value: value > 0, "a whole number above 0")
-_scale = _checked(float, lambda value: 0 < value < float("inf"), "a finite number above 0")
-_seconds = _checked(float, lambda value: value > 0, "a number of seconds above 0")
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    return _checked(str, lambda value: value in names, f"one of {', '.join(names)}")
-
-
-def _file(*suffixes: str) -> Callable[[str], Path]:
-    return _checked(Path, lambda path: path.suffix in suffixes, f"a path that ends in {' or '.join(suffixes)}")
+_scale = checked(float, lambda value: 0 < value < float("inf"), "a finite number above 0")
 
 
 def _impl(text: str) -> str:
