@@ -221,7 +221,7 @@ def own_mib(pids):
 
 @pytest.mark.slow
 def test_memory_of_eight_workers_stays_flat_over_1000_batches(tmp_path):
-    """Over 16 epochs of 200 shards of which each comes and goes; the first epochs fill the caches of open shards."""
+    """Over 16 epochs of 200 shards of which each comes and goes. Every sixth batch kept would add 12 MiB."""
     (tmp_path / "shards").mkdir()
     for shard in range(200):
         write_tar(tmp_path / "shards" / f"{shard:05d}.tar", [make_sample(10 * shard + i) for i in range(10)])
@@ -233,8 +233,7 @@ def test_memory_of_eight_workers_stays_flat_over_1000_batches(tmp_path):
         if number in (250, 500, 750, 980):
             at[number] = own_mib([os.getpid(), *worker_pids(batches)])
     batches.close()
-    print(at)
-    assert max(at.values()) < 1.02 * at[250], at
+    assert max(at.values()) < at[250] + 12, at
 
 
 @pytest.mark.parametrize("killed_at", [0, 3])
