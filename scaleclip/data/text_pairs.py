@@ -144,7 +144,7 @@ class TextPairs(Dataset[TextBatch]):
 
 class _TextSource:
     def __init__(self, name: str, config: TextSourceConfig, cache: ShardCache) -> None:
-        self.name, self.key, self.config = name, f"data.text_sources.{name}", config
+        self.name, self.key, self.config = name, f"text_sources.{name}", config
         self.manifest, self.read = open_shards(f"{self.key}.files", config.files, None, cache)
 
     def texts(self, sample: Sample, num_negatives: int, random: np.random.Generator) -> list[str]:
