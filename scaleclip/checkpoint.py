@@ -39,7 +39,7 @@ class TrainState:
     samples: int = 0
     """Slots of global batches seen, invalid ones included."""
     faults: dict[str, int] = field(default_factory=dict)
-    """Samples that could not be used since the run's start, by cause."""
+    """Samples that could not be used since the run's start, by source and cause (`laion/missing_shard`)."""
     train_s: float = 0.0
     """Seconds spent training, over all starts."""
     world_size: int = 1
