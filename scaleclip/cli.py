@@ -106,7 +106,9 @@ def show_config(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration instead.")] = False,
 ) -> None:
     """Print a configuration with parents, preset, defaults and overrides resolved."""
-    from scaleclip.config import RunConfig, json_schema, load_config, resolve_path, to_yaml
+    from scaleclip.config import RunConfig
+    from scaleclip.config_io import json_schema, load_config, to_yaml
+    from scaleclip.files import resolve_path
 
     if schema:
         typer.echo(json_schema())
@@ -143,7 +145,8 @@ def _fail(error: Exception | str, code: int) -> None:
 
 def _train(config: str, overrides: list[str] | None, ranks: int) -> None:
     _start_ranks(ranks)
-    from scaleclip.config import load_config, resolve_path
+    from scaleclip.config_io import load_config
+    from scaleclip.files import resolve_path
     from scaleclip.train import train as run_training
 
     folder = run_training(load_config(resolve_path(config), overrides or ()))

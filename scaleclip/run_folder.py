@@ -21,7 +21,8 @@ from typing import Any, TextIO
 import yaml
 from rich.logging import RichHandler
 
-from scaleclip.config import RunConfig, differing_keys, parse_config, to_yaml
+from scaleclip.config import RunConfig
+from scaleclip.config_io import differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 

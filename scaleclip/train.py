@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scaleclip import checkpoint, distributed
 from scaleclip.checkpoint import TrainState
-from scaleclip.config import RunConfig, validate
+from scaleclip.config import RunConfig
+from scaleclip.config_rules import validate
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.order import hash64

@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleclip import distributed
-from scaleclip.config import load_config
+from scaleclip.config_io import load_config
 from scaleclip.engine import build_engine, clip_gradients
 from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder

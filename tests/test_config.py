@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaleclip.config import (
+from scaleclip.config import RunConfig, SourceConfig
+from scaleclip.config_io import (
     FREE_ON_RESUME,
-    RunConfig,
-    SourceConfig,
     differing_keys,
     json_schema,
     known_keys,
@@ -19,8 +18,8 @@ from scaleclip.config import (
     parse_config,
     preset_names,
     to_yaml,
-    validate,
 )
+from scaleclip.config_rules import validate
 from scaleclip.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -75,7 +75,7 @@ def test_an_error_on_one_rank_is_an_error_on_all():
 
 
 def test_what_decays():
-    from scaleclip.config import load_config
+    from scaleclip.config_io import load_config
 
     model = DualEncoder(load_config("configs/demo.yaml", ["model=tiny"]).model)
     groups = {group["name"]: group for group in parameter_groups(model, 0.3)}

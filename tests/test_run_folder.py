@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scaleclip import run_folder
-from scaleclip.config import load_config
+from scaleclip.config_io import load_config
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 from scaleclip.run_folder import open_run, read_config

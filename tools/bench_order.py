@@ -31,7 +31,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from scaleclip.config import CacheConfig, parse_config
+from scaleclip.config import CacheConfig
+from scaleclip.config_io import parse_config
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.manifest import write_table

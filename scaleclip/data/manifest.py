@@ -22,14 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scaleclip.config import resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.index import index_tar, load_index
 from scaleclip.data.sample import SampleError
 from scaleclip.data.shards import MDS_INDEX, file_name, is_remote, read_remote
 from scaleclip.data.webdataset import index_path
 from scaleclip.errors import ConfigError
-from scaleclip.files import write_atomic
+from scaleclip.files import resolve_path, write_atomic
 
 _TABLE, INDEXES = "manifest.parquet", "index"
 _NUM_READERS = 32

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import fsspec
 from braceexpand import braceexpand
 
-from scaleclip.config import resolve_path
 from scaleclip.errors import ConfigError
+from scaleclip.files import resolve_path
 
 MDS_INDEX = "index.json"
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from scaleclip.config import resolve_path
 from scaleclip.data.sample import SampleError
 from scaleclip.errors import ConfigError
-from scaleclip.files import write_atomic
+from scaleclip.files import resolve_path, write_atomic
 
 # as many as TarReader keeps
 _OPEN_SHARDS = 1024

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scaleclip.config import resolve_path
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.manifest import INDEXES, Manifest, write_table
 from scaleclip.data.sample import SampleError
@@ -27,6 +26,7 @@ from scaleclip.data.shards import file_name, is_remote
 from scaleclip.data.source import Reader, open_shards
 from scaleclip.data.tally import read_quarantine
 from scaleclip.errors import ConfigError
+from scaleclip.files import resolve_path
 
 _KEY = "key"
 _DIGEST = "S16"  # 128 bits: of a billion keys no two are alike

@@ -9,12 +9,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from scaleclip.config import DataConfig, Section, SourceConfig, resolve_path
+from scaleclip.config import DataConfig, Section, SourceConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_shards
 from scaleclip.data.transform import centre_crop, open_image, resize
 from scaleclip.errors import ConfigError, RunError
+from scaleclip.files import resolve_path
 
 
 class GalleryText(Section):

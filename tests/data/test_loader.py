@@ -11,7 +11,7 @@ import torch
 
 from conftest import write_tiny_config
 from helpers import make_sample, write_tar
-from scaleclip.config import load_config
+from scaleclip.config_io import load_config
 from scaleclip.data import loader
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset

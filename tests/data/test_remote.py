@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from object_store import ObjectStore, object_store
-from scaleclip.config import load_config
+from scaleclip.config_io import load_config
 from scaleclip.data import cache as cache_module
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import Batch, TrainBatches, TrainDataset

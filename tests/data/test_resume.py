@@ -9,7 +9,8 @@ import yaml
 
 from conftest import write_shards, write_tiny_config
 from helpers import make_sample, write_tar
-from scaleclip.config import CacheConfig, RunConfig, load_config
+from scaleclip.config import CacheConfig, RunConfig
+from scaleclip.config_io import load_config
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.convert import to_mds
 from scaleclip.data.loader import Batch, TrainBatches, TrainDataset

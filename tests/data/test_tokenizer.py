@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from scaleclip.config import TextTowerConfig, load_config, preset_names
+from scaleclip.config import TextTowerConfig
+from scaleclip.config_io import load_config, preset_names
 from scaleclip.data.tokenizer import Keep, load_tokenizer
 from scaleclip.errors import ConfigError
 from scaleclip.models.towers import build_text_tower, check_tokenizer

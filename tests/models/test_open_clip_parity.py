@@ -9,7 +9,8 @@ import yaml
 from open_clip.model import CLIP
 from torch import Tensor
 
-from scaleclip.config import ModelConfig, load_config, preset_names
+from scaleclip.config import ModelConfig
+from scaleclip.config_io import load_config, preset_names
 from scaleclip.models.dual_encoder import DualEncoder
 
 WIDTH, TEXT_WIDTH, NUM_LAYERS = 192, 128, 3

@@ -77,7 +77,7 @@ class _Laps:
 
 def _our_dataset(job: Job, made: Made) -> tuple[Any, Any]:
     """A TrainDataset and its configuration."""
-    from scaleclip.config import parse_config
+    from scaleclip.config_io import parse_config
     from scaleclip.data.cache import ShardCache
     from scaleclip.data.loader import TrainDataset
     from scaleclip.data.source import open_sources

@@ -1,0 +1,98 @@
+"""Rules between the fields of a configuration and the number of ranks."""
+
+import re
+
+from scaleclip.config import DataConfig, RunConfig
+from scaleclip.errors import ConfigError
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Rules between fields and the number of ranks. Pure: raises ConfigError or returns.
+
+    Rules that need the towers or the shards are checked where these are built, with the same kind of error.
+    """
+    train, data, optim = config.train, config.data, config.optim
+    _validate_sources(data)
+    if not train.samples:
+        raise ConfigError("train.samples is not set: say how many pairs to train on, for example train.samples=12_800_000_000")
+    if train.global_batch % data.canonical_streams:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is not a multiple of data.canonical_streams={data.canonical_streams}: "
+            f"every stream gives the same number of pairs to a batch; change one of the two"
+        )
+    if world_size > train.global_batch:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} gives {world_size} ranks less than a pair each: "
+            f"use fewer ranks or a larger batch"
+        )
+    if optim.warmup_samples > train.samples:
+        raise ConfigError(
+            f"optim.warmup_samples={optim.warmup_samples} is more than train.samples={train.samples}: lower it, or the peak is "
+            f"never reached"
+        )
+    if optim.final_lr > optim.lr:
+        raise ConfigError(f"optim.final_lr={optim.final_lr} is above the peak optim.lr={optim.lr}")
+    for key, bounds in (("data.crop_scale", data.crop_scale), ("data.crop_ratio", data.crop_ratio)):
+        if not 0 < bounds[0] <= bounds[1]:
+            raise ConfigError(f"{key}={list(bounds)}: both must be positive, the first not above the second")
+    if data.crop_scale[1] > 1:
+        raise ConfigError(f"data.crop_scale={list(data.crop_scale)}: a crop cannot cover more than the image (1.0)")
+    if config.loss.duplicates != "negative" and all(source.concept is None for source in data.sources.values()):
+        raise ConfigError(
+            f"loss.duplicates={config.loss.duplicates} needs data.sources.NAME.concept: without it every pair is a concept of "
+            f"its own"
+        )
+    for number, view in enumerate(data.views):
+        if (view.max_tokens or 0) > config.model.text.context_length:
+            raise ConfigError(
+                f"data.views[{number}].max_tokens={view.max_tokens} is above "
+                f"model.text.context_length={config.model.text.context_length}"
+            )
+    widest = max(view.max_tokens or config.model.text.context_length for view in data.views)
+    if config.model.text.type == "siglip_text_model" and widest < config.model.text.context_length:
+        raise ConfigError(
+            f"data.views.max_tokens={widest} is below model.text.context_length={config.model.text.context_length}, and "
+            f"siglip_text_model reads its last token: set model.text.context_length={widest}"
+        )
+    if config.loss.backend == "reference" and world_size > 1:
+        raise ConfigError(
+            f"loss.backend=reference stores the whole matrix in one process and cannot run on {world_size} ranks: choose auto"
+        )
+    if config.loss.kind == "sigmoid" and config.model.init_logit_bias is None:
+        raise ConfigError("loss.kind=sigmoid needs model.init_logit_bias: SigLIP starts at -10")
+    if config.model.init_logit_bias is not None and config.loss.kind == "softmax":
+        raise ConfigError("model.init_logit_bias is set, but a softmax loss does not depend on a bias: unset it")
+    if config.model.init_logit_scale > config.model.max_logit_scale:
+        raise ConfigError(
+            f"model.init_logit_scale={config.model.init_logit_scale} is above "
+            f"model.max_logit_scale={config.model.max_logit_scale}"
+        )
+
+
+def _validate_sources(data: DataConfig) -> None:
+    if not data.sources:
+        raise ConfigError(
+            "data.sources is empty: name a data set and its shards, for example "
+            "data.sources.mine.shards=/data/{00000..00099}.tar"
+        )
+    for name, source in data.sources.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"data.sources: {name!r} is no name: use letters, digits, _ and -")
+        if not source.shards:
+            raise ConfigError(f"data.sources.{name}.shards is empty: name at least one tar, glob or brace range")
+    weighted = [name for name, source in data.sources.items() if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        other = next(name for name in data.sources if name not in weighted)
+        raise ConfigError(
+            f"data.sources.{weighted[0]}.weight is set and data.sources.{other}.weight is not: give every source a weight, or "
+            f"none"
+        )
+    for number, view in enumerate(data.views):
+        for text in [*view.texts, *([view.fallback] if view.fallback else [])]:
+            if not any(text in source.texts for source in data.sources.values()):
+                raise ConfigError(
+                    f"data.views[{number}] draws from the text {text!r}, which no source has: say where it lies in "
+                    f"data.sources.NAME.texts.{text}"
+                )
+        if not any(view.texts.values()):
+            raise ConfigError(f"data.views[{number}].texts={dict(view.texts)}: at least one weight must be above 0")
