@@ -241,8 +241,8 @@ class TrainConfig(Section):
     """Pairs that a rank encodes at once. A larger share of the global batch is encoded in chunks, twice, with the same result
     (GradCache, arXiv:2101.06983). `auto`: the most that fits the device's memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the towers. Master weights, accumulated gradients, the loss and the logit scale are fp32 in all; fp16 scales
-    the loss so that small gradients do not vanish."""
+    """Arithmetic of the towers. Master weights, accumulated gradients, the loss and the logit scale are fp32 in all three;
+    with fp16 the loss is scaled so that small gradients do not vanish."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage (arXiv:1910.02054): 0 replicates everything on every rank, 1 shards the optimizer state, 2 the
     gradients too, 3 the parameters too."""

@@ -87,7 +87,7 @@ def test_the_printed_configuration_reads_back_equal(write):
         ),
         ({"data": {"views": [{"text": ["a"]}]}}, "unknown key 'data.views.0.text'; did you mean 'data.views.0.texts'?"),
         ({"optim": {"lr": "fast"}}, "optim.lr='fast': input should be a valid number"),
-        ({"train": {"zero_stage": 7}}, "train.zero_stage=7: input should be 0 or 1"),
+        ({"train": {"zero_stage": 7}}, "train.zero_stage=7: input should be 0, 1, 2 or 3"),
         ({"optim": {"lr": -1}}, "optim.lr=-1: input should be greater than 0"),
         ({"train": 3}, "train=3: input should be a valid dictionary"),
     ],

@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "evaluation": {"config", "data", "models"},
     "report": {"evaluation", "metrics"},
     "train": {
-        "checkpoint", "config", "config_rules", "data", "distributed", "engine", "evaluation", "guard", "losses", "metrics", "models",
-        "optim", "run_folder", "scaleclip_kernels", "schedule",
+        "checkpoint", "config", "config_rules", "data", "distributed", "engine", "evaluation", "guard", "losses", "metrics",
+        "models", "optim", "run_folder", "scaleclip_kernels", "schedule",
     },
     "cli": {"checkpoint", "config", "config_io", "data", "data_cli", "evaluation", "models", "report", "run_folder", "train"},
     "data_cli": {"config", "data"},
