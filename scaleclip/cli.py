@@ -1,6 +1,7 @@
 """The command `scaleclip`. Imports inside the commands: `scaleclip --help` answers before torch would have loaded."""
 
 import ctypes
+import json
 import logging
 import os
 import shutil
@@ -34,9 +35,14 @@ Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this mach
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = 1) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Ranks = 1,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps into RUN/profile.")] = False,
+) -> None:
     """Train a run, or go on with it where it stopped, then evaluate it."""
-    _train(config, overrides, ranks)
+    _train(config, overrides, ranks, profile)
 
 
 @app.command()
@@ -65,7 +71,9 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from scaleclip import checkpoint
+    from scaleclip.checkpoint.folders import newest
+    from scaleclip.checkpoint.loading import load_weights
+    from scaleclip.checkpoint.state import read_state
     from scaleclip.data.cache import ShardCache
     from scaleclip.data.tokenizer import load_tokenizer
     from scaleclip.evaluation.evaluate import evaluate as run_evaluation
@@ -76,16 +84,17 @@ def evaluate(
     from scaleclip.run_folder import read_config
 
     config = read_config(run)
-    newest = checkpoint.newest(run)
-    if newest is None:
+    path = newest(run)
+    if path is None:
         raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DualEncoder(config.model).to(device)
-    model.load_state_dict(checkpoint.load_weights(newest))
+    model = DualEncoder(config.model.without_pretrained()).to(device)
+    # persistent buffers, which some towers have, are constants and not in a checkpoint
+    model.load_state_dict(model.state_dict() | load_weights(path))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
     splits = open_splits(split or config.eval.splits, ShardCache(config.data.cache))
     figures = run_evaluation(model, tokenizer, splits, config)
-    step = checkpoint.read_state(newest).step
+    step = read_state(path).step
     if not split:
         write_results(run, step, figures)
     Console().print(results_table(f"{run}, step {step:,}", figures))
@@ -104,6 +113,8 @@ def show_config(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; none shows the defaults.")] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a configuration instead.")] = False,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Print the DeepSpeed configuration that is derived.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that the DeepSpeed configuration is for.")] = 1,
 ) -> None:
     """Print a configuration with parents, preset, defaults and overrides resolved."""
     from scaleclip.config import RunConfig
@@ -112,8 +123,14 @@ def show_config(
 
     if schema:
         typer.echo(json_schema())
+        return
+    resolved = load_config(resolve_path(config), overrides or ()) if config else RunConfig()
+    if deepspeed:
+        from scaleclip.engine import deepspeed_config
+
+        typer.echo(json.dumps(deepspeed_config(resolved, ranks), indent=2))
     else:
-        typer.echo(to_yaml(load_config(resolve_path(config), overrides or ()) if config else RunConfig()), nl=False)
+        typer.echo(to_yaml(resolved), nl=False)
 
 
 def main() -> None:
@@ -143,13 +160,13 @@ def _fail(error: Exception | str, code: int) -> None:
     os._exit(code)
 
 
-def _train(config: str, overrides: list[str] | None, ranks: int) -> None:
+def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool = False) -> None:
     _start_ranks(ranks)
     from scaleclip.config_io import load_config
     from scaleclip.files import resolve_path
     from scaleclip.train import train as run_training
 
-    folder = run_training(load_config(resolve_path(config), overrides or ()))
+    folder = run_training(load_config(resolve_path(config), overrides or ()), profile=profile)
     if _is_main():
         _show(folder)
 

@@ -188,6 +188,11 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Recompute a tower's activations in the backward pass instead of storing them."""
 
+    def without_pretrained(self) -> "ModelConfig":
+        """The same model where its weights come from elsewhere."""
+        image, text = (tower.model_copy(update={"pretrained": None}) for tower in (self.image, self.text))
+        return self.model_copy(update={"image": image, "text": text})
+
 
 class LossConfig(Section):
     kind: Literal["softmax", "sigmoid"] = "softmax"

@@ -2,7 +2,7 @@
 
 import re
 
-from scaleclip.config import DataConfig, RunConfig
+from scaleclip.config import DataConfig, RunConfig, TrainConfig
 from scaleclip.errors import ConfigError
 
 
@@ -13,6 +13,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     """
     train, data, optim = config.train, config.data, config.optim
     _validate_sources(data)
+    _validate_sharding(train)
     if not train.samples:
         raise ConfigError("train.samples is not set: say how many pairs to train on, for example train.samples=12_800_000_000")
     if train.global_batch % data.canonical_streams:
@@ -67,6 +68,20 @@ def validate(config: RunConfig, world_size: int) -> None:
             f"model.init_logit_scale={config.model.init_logit_scale} is above "
             f"model.max_logit_scale={config.model.max_logit_scale}"
         )
+
+
+def _validate_sharding(train: TrainConfig) -> None:
+    stage = train.zero_stage
+    if train.offload_optimizer and stage == 0:
+        raise ConfigError("train.offload_optimizer needs a sharded optimizer state: set train.zero_stage to 1, 2 or 3")
+    if train.offload_parameters and stage != 3:
+        raise ConfigError(f"train.offload_parameters needs sharded parameters: train.zero_stage is {stage}, set it to 3")
+    if train.compile and stage == 3:
+        raise ConfigError(
+            "train.compile does not go with train.zero_stage=3, which gathers parameters inside of the towers: use stage 2"
+        )
+    if train.reduce_gradients == "step" and stage < 2:
+        raise ConfigError(f"train.reduce_gradients=step is what stage {stage} does anyway: leave it out")
 
 
 def _validate_sources(data: DataConfig) -> None:

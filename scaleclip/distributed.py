@@ -28,6 +28,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
+    """Ranks that share this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +61,8 @@ def init() -> World:
         store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
         placed: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store else {"init_method": "env://"}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **placed)
-    return World(rank, size, local_rank, device)
+    host = socket.gethostname()
+    return World(rank, size, local_rank, device, gather_objects(host).count(host))
 
 
 def shutdown() -> None:
@@ -76,7 +79,9 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable `value`, in rank order, on every rank."""
+    """Every rank's picklable `value`, in rank order, on every rank; this process alone is a rank too."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -129,12 +134,6 @@ def _ranks() -> tuple[int, int, int]:
             f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start ranks with torchrun or srun, or unset RANK"
         )
     return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-
-
-def ranks_on_this_node() -> int:
-    """Ranks that share this machine. All ranks call."""
-    hosts = gather_objects(socket.gethostname())
-    return hosts.count(socket.gethostname())
 
 
 def _first_host(nodes: str) -> str:

@@ -1,107 +1,339 @@
-"""RunConfig -> DeepSpeed engine. With checkpoint.py the only place that knows DeepSpeed.
+"""A dual encoder and its AdamW under DeepSpeed's ZeRO (arXiv:1910.02054). The only place that knows DeepSpeed.
 
-Precision: the model stays fp32 and bf16 runs compute under autocast. DeepSpeed's own bf16 mode would round the
-parameters that the model sees, the logarithm of the logit scale among them (a scale near 100 then moves in steps of 3 %),
-and saves no memory once gradients accumulate in fp32. tests/test_engine.py holds the two against each other.
+Precision: the model stays fp32, and bf16 and fp16 runs compute under autocast. DeepSpeed's own modes would round the parameters
+that the model sees, the logarithm of the logit scale among them (a scale near 100 then moves in steps of 3 %), and save no
+memory once gradients accumulate in fp32. tests/test_engine.py holds the two against each other.
+
+Nothing here reads from the device: the norm of the gradients, the clip, the decision to skip a step that is not finite and
+fp16's loss scale stay there, as arguments of the fused AdamW. DeepSpeed's own norm and overflow checks, which read them on the
+host at every step, are switched off.
 """
 
+import contextlib
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from scaleclip.config import OptimConfig, RunConfig
-from scaleclip.distributed import World
-from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.optim import build_optimizer
+from scaleclip.checkpoint.shard import Fragment, Shard
+from scaleclip.config import RunConfig
+from scaleclip.distributed import World, all_or_none
+from scaleclip.errors import ConfigError
+from scaleclip.models.dual_encoder import DualEncoder, Features
+from scaleclip.optim import build_optimizer, set_learning_rate
+from scaleclip.traffic import Traffic
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import safe_get_full_grad
 
 deepspeed.logger.setLevel("WARNING")
 # A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_AUTOCAST = {"fp32": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}  # with fp32 it is not used, but must be something
+_FIRST_LOSS_SCALE, _LOSS_SCALE_GROWTH_STEPS = 2.0**16, 2000
+_NORM_BLOCK = 2**16
+_BUCKET_ELEMENTS = 2**25
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# what `train.deepspeed` may not set, and the key that does
+_DERIVED = {
+    "gradient_clipping": "optim.clip_norm",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload_optimizer",
+    "zero_optimization.offload_param": "train.offload_parameters",
+}
+
+
+class StepOutcome(NamedTuple):
+    """What an optimizer step did. Tensors without dimensions, on the device, alike on every rank."""
+
+    grad_norm: Tensor
+    """Global L2 norm of the gradients before clipping, fp32."""
+    bad: Tensor
+    """Whether loss or gradients were not finite, bool: nothing was updated. fp16's overflows, from which the loss scale learns,
+    do not count."""
+
+
+class Engine:
+    """The model on this rank and how it takes a step. Every rank calls every method.
+
+    Args:
+        config: the run's configuration, validated.
+        world: this rank; the process group must be up (scaleclip.distributed.init).
+
+    Raises:
+        ConfigError: a tower cannot be built as configured, or `train.deepspeed` sets what another key decides.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._device = config.train, world.device
+        self._clip_norm = config.optim.clip_norm
+        settings = deepspeed_config(config, world.size)
+        self.model = _build_model(config, settings, world)
+        """The dual encoder; under stage 3 its parameters are empty outside of a forward pass."""
+        self._adamw = build_optimizer(self.model, config.optim)
+        self._ds, *_ = deepspeed.initialize(model=self.model, optimizer=self._adamw, config=settings, dist_init_required=False)
+        # of DeepSpeed's types only what is used here is known, in this file
+        self._zero: Any = self._ds.optimizer if self._config.zero_stage else None
+        _leave_out_host_reads(self._ds)
+        if self._config.compile:
+            self.model.image.body.compile()
+            self.model.text.body.compile()
+        self.traffic = Traffic(deepspeed.comm.comm.cdb)
+        """What DeepSpeed sent."""
+        fp16 = self._config.precision == "fp16"
+        self.loss_scale = torch.full((), _FIRST_LOSS_SCALE if fp16 else 1.0, device=self._device)
+        """What fp16's loss is multiplied by for the backward pass, fp32 (), on the device; 1 otherwise."""
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=self._device)
+        self._make_moments()
+
+    def __call__(self, pixels_BCHW: Tensor, tokens_BT: tuple[Tensor, ...], seeds_B: Tensor) -> Features:
+        """The model's forward pass under the run's autocast; see DualEncoder.forward."""
+        features: Features = self._ds(pixels_BCHW, tokens_BT, seeds_B)
+        return features
+
+    @contextlib.contextmanager
+    def one_step(self, num_backwards: int) -> Iterator[None]:
+        """Around the backward passes of an optimizer step, of which there are `num_backwards`."""
+        stage = self._config.zero_stage
+        once = stage >= 2 and self._config.reduce_gradients == "step"
+        # DeepSpeed 0.19.8 adds the last step's gradients to this one's where stage 1 accumulates into the host's memory
+        once |= stage == 1 and self._config.offload_optimizer
+        with self._ds.coalesce_grad_reduction() if once and num_backwards > 1 else contextlib.nullcontext():
+            yield
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; the `last` call of a step makes them the mean over all ranks."""
+        self._ds.set_gradient_accumulation_boundary(last)
+        self._ds.backward(loss * self.loss_scale if self._config.precision == "fp16" else loss, scale_wrt_gas=False)
+
+    def step(self, loss: Tensor, lr: float) -> StepOutcome:
+        """Clip and update, unless `loss` (mean over the global batch, alike on all ranks) or a gradient is not finite."""
+        fp16 = self._config.precision == "fp16"
+        norm = self._gradient_norm() / self.loss_scale
+        skip = ~(norm.isfinite() & loss.isfinite())
+        scale, found_inf = self.loss_scale, skip.float()
+        if self._clip_norm:
+            scale = scale * ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+        bad = skip & ~(loss.isfinite() & (self.loss_scale > 1)) if fp16 else skip
+        # the fused AdamW divides gradients by the one and does nothing where the other is 1
+        vars(self._adamw).update(grad_scale=scale, found_inf=found_inf)
+        set_learning_rate(self._adamw, lr)
+        self._ds.step()
+        if fp16:
+            torch._amp_update_scale_(self.loss_scale, self._good_steps, found_inf, 2.0, 0.5, _LOSS_SCALE_GROWTH_STEPS)
+        return StepOutcome(norm, bad)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter, fp32, the mean over all ranks; between the last backward and the step. For checks."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad if self._zero is None else safe_get_full_grad(parameter)
+                assert gradient is not None, name
+                found[name] = gradient.detach().float().clone() / self.loss_scale
+        return found
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Whole parameters by name, fp32, copied. For checks."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._config.zero_stage == 3):
+                found[name] = parameter.detach().clone()
+        return found
+
+    def shard(self) -> Shard:
+        """What this rank holds of parameters and optimizer state, as views: what is written there is loaded (`refresh`)."""
+        parameters = dict(self.model.named_parameters())
+        learning = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        fragments = [fragment for name in learning if (fragment := self._fragment(name, parameters[name])) is not None]
+        fragments += [self._frozen(name, parameters[name]) for name in parameters if name not in set(learning)]
+        steps = [state["step"] for state in self._adamw.state.values()]
+        scalars = {"adam_step": steps[0]}
+        if self._config.precision == "fp16":
+            scalars |= {"loss_scale": self.loss_scale, "good_steps": self._good_steps}
+        return Shard(fragments, scalars)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the model up to the shard that was loaded."""
+        steps = [state["step"] for state in self._adamw.state.values()]
+        for step in steps[1:]:
+            step.copy_(steps[0])
+        if self._config.zero_stage in (1, 2):
+            self._zero.update_lp_params()
+        if self._config.zero_stage == 3:
+            for group in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters, has_been_updated=False)
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def _gradient_norm(self) -> Tensor:
+        """Global L2 norm of the averaged gradients, loss scale included, fp32 ()."""
+        if self._zero is None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        elif self._config.offload_optimizer:
+            # sums of squares over a block each: over millions of elements the CPU's would lose digits
+            whole = [master.grad for master in self._masters() if master.grad is not None]
+            gradients = [block for gradient in whole for block in torch.split(gradient, _NORM_BLOCK)]
+        else:
+            gradients = [g for group in self._zero.averaged_gradients.values() for g in group]
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._device)
+        if self._zero is not None:
+            dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 tensors that AdamW updates under ZeRO."""
+        stage3 = self._config.zero_stage == 3
+        masters: list[Tensor] = (
+            self._zero.fp32_partitioned_groups_flat if stage3 else self._zero.single_partition_of_fp32_groups
+        )
+        return masters
+
+    def _make_moments(self) -> None:
+        """AdamW's state, which it would make in its first step: a checkpoint is loaded before."""
+        for master in self._masters() if self._zero else [p for p in self.model.parameters() if p.requires_grad]:
+            state = self._adamw.state[master]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            for moment in _MOMENTS:
+                state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        if self._config.zero_stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _fragment(self, name: str, parameter: Any) -> Fragment | None:
+        """This rank's part of a parameter that learns; None if it holds nothing of it."""
+        if self._zero is None:
+            state = self._adamw.state[parameter]
+            tensors = {"weight": parameter.data, **{moment: state[moment] for moment in _MOMENTS}}
+            # a convolution's weights may lie in another order than its index
+            flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
+            return Fragment(name, tuple(parameter.shape), 0, flat, replicated=True)
+        if self._config.zero_stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flat = {"weight": mapping.hp_fragment, **{moment: mapping.optim_fragment[moment] for moment in _MOMENTS}}
+            flat = {key: tensor.data for key, tensor in flat.items()}
+            return Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, flat, replicated=False)
+        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        master = self._zero.fp32_partitioned_groups_flat[group]
+        start = parameter.partition_numel() * dist.get_rank()
+        length = min(parameter.partition_numel(), parameter.ds_numel - start)
+        if length <= 0:
+            return None
+        state = self._adamw.state[master]
+        flat = {key: tensor.data[offset : offset + length] for key, tensor in
+                {"weight": master, **{moment: state[moment] for moment in _MOMENTS}}.items()}  # fmt: skip
+        return Fragment(name, tuple(parameter.ds_shape), start, flat, replicated=False)
+
+    def _frozen(self, name: str, parameter: Any) -> Fragment:
+        if self._config.zero_stage < 3:
+            return Fragment(name, tuple(parameter.shape), 0, {"weight": parameter.data.view(-1)}, replicated=True)
+        start = parameter.partition_numel() * dist.get_rank()
+        length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+        return Fragment(name, tuple(parameter.ds_shape), start, {"weight": parameter.ds_tensor.data[:length]}, replicated=False)
+
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that a run uses."""
-    stage = config.train.zero_stage
-    share = -(-config.train.global_batch // world_size)
-    return {
-        "train_micro_batch_size_per_gpu": share,
+    """The DeepSpeed configuration of a run, with `train.deepspeed` laid over what the other keys decide.
+
+    Raises:
+        ConfigError: `train.deepspeed` sets what another key decides.
+    """
+    train = config.train
+    # two buckets of this many elements each are held: DeepSpeed's 500 million would be 4 GB
+    zero: dict[str, Any] = {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS}
+    if train.zero_stage in (1, 2):
+        zero |= {"overlap_comm": True}
+        if not train.offload_optimizer:
+            zero |= {"compute_grad_norm": False}
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if train.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": -(-train.global_batch // world_size),
         "gradient_accumulation_steps": 1,
-        # DeepSpeed reads the norm of the gradients on the host at every step; clip_gradients leaves it on the device
+        # DeepSpeed reads the norm of the gradients on the host at every step; Engine.step leaves it on the device
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, **({"compute_grad_norm": False} if stage else {})},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # the optimizer is torch's fused AdamW wherever its state lies
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "torch_autocast": {
-            "enabled": config.train.precision == "bf16",
-            "dtype": "bfloat16",
-            # modules whose gradients would travel in bf16: none, they are fp32 everywhere
+            "enabled": train.precision != "fp32",
+            "dtype": _AUTOCAST[train.precision],
+            # modules whose gradients would travel in half precision: none, they are fp32 everywhere
             "lower_precision_safe_modules": [],
         },
     }
+    return _lay_over(derived, train.deepspeed, "")
 
 
-class DeferredErrors(TorchCheckpointEngine):  # type: ignore[misc]
-    """Writes DeepSpeed's checkpoint files, keeping an error for later: raised inside `save_checkpoint` it would leave the
-    other ranks in the barrier at its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._error: Exception | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, or remember why not."""
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self._error = error
-
-    def take_error(self) -> Exception | None:
-        """The last error since this was asked."""
-        error, self._error = self._error, None
-        return error
+def _lay_over(base: dict[str, Any], top: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    for key, value in top.items():
+        if prefix + key in _DERIVED:
+            raise ConfigError(f"train.deepspeed.{prefix}{key}={value!r} is decided by {_DERIVED[prefix + key]}: set that")
+        below = base.get(key)
+        base[key] = (
+            _lay_over(below, value, f"{prefix}{key}.") if isinstance(below, dict) and isinstance(value, Mapping) else value
+        )
+    return base
 
 
-def build_engine(config: RunConfig, model: DualEncoder, world: World) -> DeepSpeedEngine:
-    """The model and its AdamW under ZeRO; the process group must be up (scaleclip.distributed.init)."""
-    model.to(world.device)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config.optim),
-        config=deepspeed_config(config, world.size),
-        dist_init_required=False,
-    )
-    engine.checkpoint_engine = DeferredErrors()
-    # DeepSpeed's conversion scripts, copied beside every checkpoint: not wanted, and another way to fail on a full disk
-    engine._copy_recovery_script = lambda save_path: None
-    return engine
+def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> DualEncoder:
+    """The model with its first weights, the same for every stage and number of ranks.
 
-
-def clip_gradients(engine: DeepSpeedEngine, optim: OptimConfig) -> Tensor:
-    """Scale the averaged gradients down to `optim.clip_norm` and return their norm before, fp32 (), without a host sync.
-
-    Call between backward and step.
+    Under stage 3 no rank's device ever holds more than its shard and one whole parameter: rank 0 makes the towers in the host's
+    memory, the others only their shapes, and the parameters are handed out one by one.
     """
-    sharded = engine.zero_optimization_stage() > 0
-    if sharded:
-        gradients = [g for group in engine.optimizer.averaged_gradients.values() for g in group]
-    else:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    if sharded:
-        dist.all_reduce(squares)
-    norm = squares.sqrt()
-    if optim.clip_norm:
-        torch._foreach_mul_(gradients, (optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    torch.manual_seed(config.run.seed)
+    if config.train.zero_stage < 3:
+        return DualEncoder(config.model).to(world.device)
+    with all_or_none(), contextlib.nullcontext() if world.is_main else torch.device("meta"):
+        model = DualEncoder(config.model)
+    init = deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32)
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in done:
+                there = _on_device(parameter, world.device)
+                done[id(parameter)] = nn.Parameter(there, requires_grad=parameter.requires_grad)
+                init._zero_init_param(done[id(parameter)])
+            setattr(module, name, done[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            there = _on_device(buffer, world.device)
+            dist.broadcast(there, 0)
+            module._buffers[name] = there
+    return model
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+
+
+def _leave_out_host_reads(ds: Any) -> None:
+    """Switch off what Engine.step does on the device: DeepSpeed's norms, and its scalers for fp16 under autocast."""
+    ds.torch_autocast_z0_gradscaler = None
+    if ds.zero_optimization_stage():
+        ds.optimizer.torch_autocast_gradscaler = None
+        ds.optimizer.scaled_global_norm = lambda norm_type=2: torch.zeros(())
+        ds.optimizer._get_norm_groups = lambda: [0.0]

@@ -5,6 +5,7 @@ One row a log step; between log steps nothing is read from the device.
 
 import contextlib
 import json
+import math
 import os
 import resource
 from collections.abc import Sequence
@@ -36,14 +37,14 @@ class Row(NamedTuple):
     """Pairs seen since the run's start."""
     epoch: float
     """Passes over the data."""
-    loss: float
-    """Loss of this step's global batch."""
+    loss: float | None
+    """Loss of this step's global batch; null where it is not finite."""
     lr: float
     """Learning rate of this step."""
     logit_scale: float
     """Multiplier of the similarities before this step."""
-    grad_norm: float
-    """Global L2 norm of the gradients before clipping."""
+    grad_norm: float | None
+    """Global L2 norm of the gradients before clipping; null where it is not finite."""
     pairs_per_s: float
     """Pairs a second, all ranks, since the row before."""
     tflops: float
@@ -51,7 +52,7 @@ class Row(NamedTuple):
     mfu: float | None
     """`tflops` as a share of the device's bf16 peak; null where that is unknown."""
     data_wait: float
-    """Share of the time since the row before in which rank 0 waited for its next batch."""
+    """Share of the time since the row before in which ranks waited for batches, the mean over all."""
     loader: dict[str, float]
     """Share of the loaders' time by stage since the row before, all ranks: what they wait for."""
     mix: dict[str, float]
@@ -62,6 +63,16 @@ class Row(NamedTuple):
     """Times that loader processes died and were replaced since this start, all ranks."""
     memory_gib: float
     """Peak memory of rank 0: allocated on the GPU, or resident without one."""
+    reduced_mib: float
+    """MiB of gradients that rank 0 hands to DeepSpeed's collectives in a step."""
+    gathered_mib: float
+    """MiB of parameters that rank 0 hands to them in a step."""
+    num_chunks: int
+    """Chunks of a rank's share; with more than one, each is encoded twice a step."""
+    loss_scale: float
+    """What fp16's loss is multiplied by for the backward pass; 1 otherwise."""
+    bad_steps: int
+    """Steps since the run's start that were left out, because loss or gradients were not finite."""
     invalid: dict[str, int]
     """Samples that could not be used since the run's start, by source and cause."""
     world_size: int
@@ -82,9 +93,8 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: MetricsConfig, run_config: dict[str, Any], step: int, steps: int) -> None:
-        self._rows, self._evaluations = (
-            _open_dropping_lost(folder / name, step) for name in ("metrics.jsonl", "evaluations.jsonl")
-        )
+        self._folder = folder
+        self._open(step)
         self._wandb = _start_wandb(folder, config, run_config)
         self._console = Console()
         self._progress = Progress(
@@ -93,6 +103,11 @@ class Metrics:
         )  # fmt: skip
         self._task = self._progress.add_task("training", completed=step, total=steps, news="")
         self._progress.start()
+
+    def _open(self, step: int) -> None:
+        self._rows, self._evaluations = (
+            _open_dropping_lost(self._folder / name, step) for name in ("metrics.jsonl", "evaluations.jsonl")
+        )
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -104,11 +119,13 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(row._asdict(), step=row.step)
         invalid = sum(row.invalid.values())
-        news = f"loss {row.loss:.3f}  {row.pairs_per_s:,.0f} pairs/s  scale {row.logit_scale:.1f}"
+        loss = "not finite" if row.loss is None else f"{row.loss:.3f}"
+        news = f"loss {loss}  {row.pairs_per_s:,.0f} pairs/s  scale {row.logit_scale:.1f}"
         news += f"  data wait {row.data_wait:.0%}"
         if row.data_wait > _SLOW_DATA and row.loader:
             news += f" ({max(row.loader, key=lambda stage: row.loader[stage])})"
         news += f"  invalid {invalid}" if invalid else ""
+        news += f"  bad steps {row.bad_steps}" if row.bad_steps else ""
         self._progress.update(self._task, news=news)
         if not self._console.is_terminal:
             self._console.print(f"step {row.step}  {news}", highlight=False)
@@ -119,6 +136,13 @@ class Metrics:
         _append(self._evaluations, {"step": step, **values})
         if self._wandb is not None:
             self._wandb.log({f"eval/{name}": value for name, value in values.items()}, step=step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, to which the run went back."""
+        for file in (self._rows, self._evaluations):
+            file.close()
+        self._open(step)
+        self.advance(step)
 
     def close(self) -> None:
         """End the bar and the files."""
@@ -133,6 +157,11 @@ class Metrics:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line that a crash cut short is left out."""
     return _read_whole_lines(folder / "metrics.jsonl")
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is none that JSON knows."""
+    return value if math.isfinite(value) else None
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -1,54 +1,54 @@
 """One run, top to bottom."""
 
-import math
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from scaleclip import checkpoint, distributed
-from scaleclip.checkpoint import TrainState
+from scaleclip import distributed
+from scaleclip.checkpoint.checkpointer import Checkpointer
+from scaleclip.checkpoint.state import TrainState
 from scaleclip.config import RunConfig
 from scaleclip.config_rules import validate
+from scaleclip.counting import count_flops
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
-from scaleclip.data.order import hash64
 from scaleclip.data.source import Source, fingerprint, open_sources
-from scaleclip.data.tally import Quarantine, Tally, merge
+from scaleclip.data.tally import Intake, Quarantine, Tally, merge
 from scaleclip.data.tokenizer import load_tokenizer
-from scaleclip.distributed import World
-from scaleclip.engine import build_engine, clip_gradients
+from scaleclip.engine import Engine
 from scaleclip.errors import ConfigError, RunError, Stopped
 from scaleclip.evaluation.evaluate import evaluate
 from scaleclip.evaluation.results import finished_step, write_results
 from scaleclip.evaluation.splits import open_splits
-from scaleclip.guard import StopSignal
-from scaleclip.losses.objective import check_runs_on, contrastive
-from scaleclip.metrics import Metrics, Row, peak_memory_gib, peak_tflops
-from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.models.flops import forward_flops
+from scaleclip.fit import choose_micro_batch, explain_full_memory
+from scaleclip.guard import BadSteps, StopSignal, Watchdog, record_bad_steps
+from scaleclip.losses.objective import check_runs_on
+from scaleclip.metrics import Metrics, Row, finite, peak_memory_gib, peak_tflops
 from scaleclip.models.towers import check_tokenizer
-from scaleclip.optim import set_learning_rate
 from scaleclip.run_folder import log_to, open_run, start_name
+from scaleclip.runtime import collected_at_log_steps, traced
 from scaleclip.schedule import learning_rate
+from scaleclip.step import TrainStep
 from scaleclip_kernels.gemm import fp32_library
 
 # of a share that says something
 _ENOUGH_SAMPLES = 10_000
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, *, profile: bool = False) -> Path:
     """Train the run that `config` describes, or go on with it where it stopped, and evaluate it. Every rank calls.
 
-    Returns the run's folder.
+    Returns the run's folder. With `profile` a trace of a few steps of this start is written there.
 
     Raises:
         ConfigError: the configuration, the data, the devices and the run's folder do not fit together.
         Stopped: a signal asked the run to stop; everything up to then is saved.
-        RunError: the loss is not finite, too many samples are invalid, or a checkpoint cannot be written or read.
+        RunError: steps fail again and again, too many samples are invalid, memory is full, or a checkpoint cannot be written
+            or read.
     """
     world = distributed.init()
     validate(config, world.size)
@@ -58,7 +58,6 @@ def train(config: RunConfig) -> Path:
         splits = open_splits(config.eval.splits, cache)
         tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
         check_tokenizer(config.model.text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
-        dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size)
     _check_same_shards(sources)
 
     folder = Path(config.run.folder)
@@ -72,82 +71,86 @@ def train(config: RunConfig) -> Path:
         log.info(f"{folder} is finished: nothing to do")
         distributed.shutdown()
         return folder
-    share = -(-config.train.global_batch // world.size)
+
+    micro_batch = choose_micro_batch(config, world)
+    with distributed.all_or_none():
+        dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size, micro_batch)
+    share, steps = -(-config.train.global_batch // world.size), config.train.steps
     for source in sources:
         quota = dataset.quota(source.name)
         log.info(
             f"{source.name}: {source.manifest.num_samples:,} samples in {len(source.manifest.shards):,} shards; {quota:,} of "
-            f"every global batch; {config.train.steps * quota / source.manifest.num_samples:.1f} epochs"
+            f"every global batch; {steps * quota / source.manifest.num_samples:.1f} epochs"
         )
-    log.info(f"global batch {config.train.global_batch:,} = {world.size} x {share:,} pairs; {config.train.steps:,} steps")
+    in_chunks = "" if dataset.num_chunks == 1 else f", each in {dataset.num_chunks} chunks of up to {micro_batch:,}"
+    log.info(f"global batch {config.train.global_batch:,} = {world.size} x {share:,} pairs{in_chunks}; {steps:,} steps")
 
-    torch.manual_seed(config.run.seed)
-    model = DualEncoder(config.model)
-    step_flops = 3 * share * forward_flops(model, config.model, dataset.num_tokens, len(config.data.views))
-    engine = build_engine(config, model, world)
-    resumed = checkpoint.find(folder, world)
-    state = TrainState(world_size=world.size)
-    if resumed is not None:
-        state = checkpoint.load(engine, resumed, world, config.train.zero_stage)
-        log.info(f"going on from {resumed}")
+    with explain_full_memory(config, world, micro_batch):
+        engine = Engine(config, world)
+    step_flops = 3 * share * count_flops(config.model, config.data).forward
+    take_step = TrainStep(engine, config, world, micro_batch)
+    checkpointer = Checkpointer(folder, world, engine.shard, config.checkpoint)
+    state = checkpointer.load_newest() or TrainState()
+    engine.refresh()
+    state.world_size, state.zero_stage = world.size, config.train.zero_stage
 
-    steps = config.train.steps
     # loader processes first: a fork must not copy the locks of the progress bar's and wandb's threads
-    local_ranks, pin_memory = distributed.ranks_on_this_node(), world.device.type == "cuda"
-    batches = TrainBatches(dataset, state.step, steps, config.data, pin_memory=pin_memory, local_ranks=local_ranks)
+    pin_memory = world.device.type == "cuda"
+    batches = TrainBatches(
+        dataset, *_items(state, steps, dataset), config.data, pin_memory=pin_memory, local_ranks=world.local_size
+    )
+    intake = Intake(batches)
     metrics: Metrics | None = None
     with distributed.all_or_none():
         if world.is_main:
             metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
-    peak = peak_tflops(world.device)
-    tally = Tally()
-    with distributed.all_or_none():
         quarantine = Quarantine(folder if world.is_main else None)
+    peak = peak_tflops(world.device)
     samples_an_epoch = sum(source.manifest.num_samples for source in sources)
-    interval_start, wait_s, logged_step = time.perf_counter(), 0.0, state.step
-    model.train()
-    stop = StopSignal()
+    bad_steps, stop = BadSteps(config.guard.max_bad_steps), StopSignal()
+    went_back_to: int | None = None
+    interval_start, logged_step = time.perf_counter(), state.step
+    engine.model.train()
     try:
-        while state.step < steps:
-            asked_s = time.monotonic()
-            batch = next(batches)
-            received_s = time.monotonic()
-            wait_s += received_s - asked_s
-            tally.add(batch, asked_s, received_s)
+        with (
+            Watchdog(config.guard.hang_timeout_s, folder / "log" / start / f"{world.rank}.stacks") as watchdog,
+            collected_at_log_steps() as collect,
+            traced(folder / "profile" / f"{start}-{world.rank}.json" if profile else None) as trace,
+        ):
+            while state.step < steps:
+                lr = learning_rate(state.step, config.optim, config.train)
+                with explain_full_memory(config, world, micro_batch):
+                    result = take_step(intake, state.step, lr)
+                state.step += 1
+                state.samples += config.train.global_batch
+                bad_steps.note(state.step, result.bad, intake.take_keys())
+                watchdog.beat()
+                trace.step()
+                if metrics:
+                    metrics.advance(state.step)
 
-            lr = learning_rate(state.step, config.optim, config.train)
-            set_learning_rate(engine.optimizer, lr)
-            # dropout's numbers depend on the step and the rank alone, so there is no random state to save
-            torch.manual_seed(int(hash64(config.run.seed, state.step, world.rank)[0]))
-            pixels, tokens, ids, valid, seeds = (_to_device(part, world) for part in batch[:5])
-            features = engine(pixels, tokens, seeds)
-            loss = contrastive(features, ids, valid, config.loss)
-            engine.backward(loss)
-            grad_norm = clip_gradients(engine, config.optim)
-            engine.step()
-            state.step += 1
-            state.samples += config.train.global_batch
-            if metrics:
-                metrics.advance(state.step)
-
-            last = state.step == steps
-            save_now = last or state.step % config.checkpoint.every_steps == 0
-            evaluate_now = not last and config.eval.every_steps > 0 and state.step % config.eval.every_steps == 0
-            if state.step % config.metrics.log_every_steps == 0 or save_now or evaluate_now:
+                last = state.step == steps
+                save_now = last or state.step % config.checkpoint.every_steps == 0
+                evaluate_now = not last and config.eval.every_steps > 0 and state.step % config.eval.every_steps == 0
+                if not (state.step % config.metrics.log_every_steps == 0 or save_now or evaluate_now):
+                    continue
                 # the first read from the device since the last log step
-                loss_now = loss.item()
-                interval_s = time.perf_counter() - interval_start
+                loss, grad_norm, logit_scale, loss_scale = torch.stack([*result[:3], engine.loss_scale]).tolist()
+                interval_s, num_steps = time.perf_counter() - interval_start, state.step - logged_step
                 state.train_s += interval_s
+                traffic, tally = engine.traffic.take(), intake.take_tally()
                 tally.lost_workers = batches.lost_workers
                 tally.cache.update(cache.take_counts())
                 signals, tally = _exchange(tally, stop, state)
+                bad = bad_steps.read()
+                state.bad_steps += len(bad)
                 with distributed.all_or_none():
                     quarantine.add(tally.faults)
-                _check_health(loss_now, grad_norm.item(), state, config)
-                _check_data(
-                    len(tally.faults), (state.step - logged_step) * config.train.global_batch, state, config, quarantine
-                )
-                tflops = step_flops * (state.step - logged_step) / interval_s / 1e12
+                    if bad and world.is_main:
+                        record_bad_steps(folder, bad)
+                        log.warning(f"left out, since loss or gradients were not finite: {[each.step for each in bad]}")
+                _check_data(len(tally.faults), num_steps * config.train.global_batch, state, config, quarantine)
+                tflops = step_flops * num_steps / interval_s / 1e12
                 with distributed.all_or_none():
                     if metrics:
                         metrics.write(
@@ -155,35 +158,58 @@ def train(config: RunConfig) -> Path:
                                 step=state.step,
                                 samples=state.samples,
                                 epoch=state.samples / samples_an_epoch,
-                                loss=loss_now,
+                                loss=finite(loss),
                                 lr=lr,
-                                logit_scale=features.logit_scale.item(),
-                                grad_norm=grad_norm.item(),
-                                pairs_per_s=config.train.global_batch * (state.step - logged_step) / interval_s,
+                                logit_scale=logit_scale,
+                                grad_norm=finite(grad_norm),
+                                pairs_per_s=config.train.global_batch * num_steps / interval_s,
                                 tflops=tflops,
                                 mfu=None if peak is None else tflops / peak,
-                                data_wait=wait_s / interval_s,
+                                data_wait=tally.wait_s / world.size / interval_s,
                                 loader=tally.shares(),
                                 mix=tally.mix(),
                                 cache=dict(tally.cache),
                                 lost_workers=tally.lost_workers,
                                 memory_gib=peak_memory_gib(world.device),
+                                reduced_mib=traffic["reduced_bytes"] / num_steps / 2**20,
+                                gathered_mib=traffic["gathered_bytes"] / num_steps / 2**20,
+                                num_chunks=dataset.num_chunks,
+                                loss_scale=loss_scale,
+                                bad_steps=state.bad_steps,
                                 invalid=state.faults,
                                 world_size=world.size,
                                 train_s=state.train_s,
                             )
                         )
-                if save_now or signals:
-                    checkpoint.save(engine, folder, state, world, config.checkpoint.keep)
+                checkpointer.poll()
+                if bad_steps.too_many and not signals:
+                    checkpointer.finish()
+                    state = _go_back(state, checkpointer.load_newest(), went_back_to, config)
+                    went_back_to = state.step
+                    engine.refresh()
+                    bad_steps.forgive()
+                    batches.restart(*_items(state, steps, dataset))
+                    with distributed.all_or_none():
+                        if metrics:
+                            metrics.rewind(state.step)
+                # what failing steps leave behind is no good place to go back to
+                elif signals or last or (save_now and not bad_steps.in_a_row):
+                    checkpointer.save(state)
                 if signals and not last:
+                    checkpointer.finish()
                     raise Stopped(signals, state.step)
-                with distributed.all_or_none():
-                    if evaluate_now and metrics:
-                        metrics.write_figures(state.step, evaluate(model, tokenizer, splits, config))
-                interval_start, wait_s, logged_step, tally = time.perf_counter(), 0.0, state.step, Tally()
+                if evaluate_now:
+                    with watchdog.paused():
+                        figures = evaluate(engine.model, tokenizer, splits, config)
+                    with distributed.all_or_none():
+                        if metrics:
+                            metrics.write_figures(state.step, figures)
+                collect()
+                interval_start, logged_step = time.perf_counter(), state.step
+        checkpointer.finish()
+        figures = evaluate(engine.model, tokenizer, splits, config)
         with distributed.all_or_none():
             if metrics:
-                figures = evaluate(model, tokenizer, splits, config)
                 metrics.write_figures(state.step, figures)
                 # the last thing that a run writes
                 write_results(folder, state.step, figures)
@@ -197,6 +223,35 @@ def train(config: RunConfig) -> Path:
     return folder
 
 
+def _items(state: TrainState, steps: int, dataset: TrainDataset) -> tuple[int, int]:
+    """First and last + 1 item of the dataset that a run needs from `state` to its end."""
+    return state.batch * dataset.num_chunks, (state.batch + steps - state.step) * dataset.num_chunks
+
+
+def _go_back(failed: TrainState, previous: TrainState | None, went_back_to: int | None, config: RunConfig) -> TrainState:
+    """The state to go on from after too many bad steps: the last checkpoint's, the batches since then left out.
+
+    Raises:
+        RunError: there is no checkpoint, or the run went back to this one before: on every rank alike.
+    """
+    if previous is None or previous.step == went_back_to:
+        again = (
+            "and there is no checkpoint to go back to" if previous is None else "again after going back and leaving them out"
+        )
+        raise RunError(
+            f"the loss or its gradients were not finite in {config.guard.max_bad_steps} steps in a row, up to step "
+            f"{failed.step}, {again}: the model diverges. bad_steps.jsonl in {config.run.folder} has the steps and their "
+            f"samples' keys. Start another run.folder with a lower optim.lr, a longer optim.warmup_samples, optim.clip_norm or "
+            f"train.precision=fp32"
+        )
+    left_out = failed.batch - previous.step
+    logging.getLogger("scaleclip").warning(
+        f"{config.guard.max_bad_steps} bad steps in a row up to {failed.step}: back to step {previous.step}, leaving out the "
+        f"{left_out - previous.batches_left_out} batches since"
+    )
+    return replace(previous, batches_left_out=left_out, bad_steps=failed.bad_steps, train_s=failed.train_s)
+
+
 def _check_same_shards(sources: Sequence[Source]) -> None:
     prints = distributed.gather_objects([source.manifest.fingerprint for source in sources])
     for number, source in enumerate(sources):
@@ -208,12 +263,6 @@ def _check_same_shards(sources: Sequence[Source]) -> None:
             )
 
 
-def _to_device(part: Tensor | tuple[Tensor, ...], world: World) -> Any:
-    if isinstance(part, tuple):
-        return tuple(_to_device(tensor, world) for tensor in part)
-    return part.to(world.device, non_blocking=True)
-
-
 def _exchange(tally: Tally, stop: StopSignal, state: TrainState) -> tuple[int, Tally]:
     """The number of a stop signal that any rank got, or 0, and all ranks' tally, whose faults are added to `state`."""
     every = distributed.gather_objects((tally, stop.received))
@@ -222,16 +271,6 @@ def _exchange(tally: Tally, stop: StopSignal, state: TrainState) -> tuple[int, T
         name = f"{fault.source}/{fault.cause}"
         state.faults[name] = state.faults.get(name, 0) + 1
     return max(int(received) for _, received in every), whole
-
-
-def _check_health(loss: float, grad_norm: float, state: TrainState, config: RunConfig) -> None:
-    """Raise, on every rank alike, when going on would waste the run or save what is spoilt."""
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise RunError(
-            f"at step {state.step} the loss is {loss} and the gradients' norm {grad_norm}; it began within the last "
-            f"{config.metrics.log_every_steps} steps, and checkpoints are from before. Start another run.folder with a lower "
-            f"optim.lr, a longer optim.warmup_samples or train.precision=fp32"
-        )
 
 
 def _check_data(bad_lately: int, seen_lately: int, state: TrainState, config: RunConfig, quarantine: Quarantine) -> None:

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """A rank's share of a global batch: B slots, in the global batch's order."""
+    """A rank's share of a global batch, or a chunk of it: B slots, in the global batch's order."""
 
     pixels_BCHW: Tensor
     """uint8; zeros where invalid."""
@@ -72,7 +72,17 @@ class Batch(NamedTuple):
 
 
 class TrainDataset(Dataset[Batch]):
-    """Item b is a rank's share of global batch b."""
+    """The chunks of a rank's shares, batch after batch: item i is chunk i % num_chunks of global batch i // num_chunks.
+
+    Args:
+        config: the run's configuration.
+        sources: data sets, open.
+        cache: of remote shards.
+        tokenizer: the text tower's.
+        rank: number of the rank.
+        world_size: ranks.
+        micro_batch: slots of a chunk, the last one of a share may have fewer; none: the share is one chunk.
+    """
 
     def __init__(
         self,
@@ -82,10 +92,12 @@ class TrainDataset(Dataset[Batch]):
         tokenizer: Tokenizer,
         rank: int,
         world_size: int,
+        micro_batch: int | None = None,
     ) -> None:
         self._data, self._seed, self._size = config.data, config.run.seed, config.model.image.size
         self.sources, self.cache, self._tokenizer = sources, cache, tokenizer
         self._share = rank_slots(config.train.global_batch, rank, world_size)
+        self._first_slots = range(*self._share, micro_batch or self._share[1] - self._share[0])
         self._policies = [CaptionPolicy(view) for view in config.data.views]
         self._order = order_of(config, sources)
         sizes = [source.manifest.num_samples for source in sources]
@@ -100,6 +112,11 @@ class TrainDataset(Dataset[Batch]):
         return max(view.max_tokens or self._tokenizer.context_length for view in self._data.views)
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of the rank's share."""
+        return len(self._first_slots)
+
+    @property
     def num_streams(self) -> int:
         """Canonical streams that the rank reads."""
         per_stream = self._order.global_batch // self._order.canonical_streams
@@ -109,20 +126,22 @@ class TrainDataset(Dataset[Batch]):
         """Samples of a source in every global batch."""
         return self._order.quotas[source] * self._order.canonical_streams
 
-    def slots(self, batch: int) -> Slots:
-        """Where the samples of the rank's slots lie."""
-        return self._order.slots(batch, *self._share)
+    def slots(self, item: int) -> Slots:
+        """Where the samples of an item's slots lie."""
+        batch, chunk = divmod(item, self.num_chunks)
+        first = self._first_slots[chunk]
+        return self._order.slots(batch, first, min(first + self._first_slots.step, self._share[1]))
 
-    def remote_shards(self, batch: int) -> list[str]:
-        """URLs of the remote shards that the rank's part of a batch needs."""
-        slots = self.slots(batch)
+    def remote_shards(self, item: int) -> list[str]:
+        """URLs of the remote shards that an item needs."""
+        slots = self.slots(item)
         pairs = np.unique(np.stack([slots.source_N, slots.shard_N])[:, slots.source_N >= 0], axis=1)
         shards = [self.sources[source].manifest.shards[shard] for source, shard in pairs.T]
         return [shard for shard in shards if is_remote(shard)]
 
-    def __getitem__(self, batch: int) -> Batch:
+    def __getitem__(self, item: int) -> Batch:
         clock = _Clock("collate")
-        slots = self.slots(batch)
+        slots = self.slots(item)
         num_slots = len(slots.source_N)
         sample_B = self._sample_numbers(slots)
         seed_B = hash64(self._seed, _AUGMENT, slots.epoch_N, sample_B)
@@ -202,21 +221,21 @@ def order_of(config: RunConfig, sources: Sequence[Source]) -> BatchOrder:
 
 
 class TrainBatches(Iterator[Batch]):
-    """Batches `first` to `last` - 1 in order, prepared ahead by `data.workers` processes.
+    """Items `first` to `last` - 1 of a dataset in order, prepared ahead by `data.workers` processes.
 
     A loader process that dies (a crash in a decoder, the kernel's out-of-memory killer) is replaced; nothing is lost or read
     twice, since a batch depends on its number alone.
 
     Args:
         dataset: what a batch is.
-        first: number of the first batch.
-        last: number of the last batch + 1.
+        first: the first item.
+        last: the last item + 1.
         config: the section `data`.
         pin_memory: put tensors into page-locked memory, for copies to a GPU.
         local_ranks: ranks of this node, which share its cache.
 
     Raises:
-        RunError: loader processes die again and again at one batch.
+        RunError: loader processes die again and again at one item.
     """
 
     def __init__(
@@ -257,6 +276,12 @@ class TrainBatches(Iterator[Batch]):
             if self._prefetcher:
                 self._prefetcher.at(self._next)
             return batch
+
+    def restart(self, first: int, last: int) -> None:
+        """Go on with items `first` to `last` - 1 instead."""
+        self.close()
+        self._next, self._last = first, last
+        self._start()
 
     def close(self) -> None:
         """End the processes and threads."""

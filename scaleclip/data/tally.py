@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ class Tally:
     """Seconds of the loader processes by stage; `hand-over` is the training process's, from ready to received."""
     lost_workers: int = 0
     """Times that loader processes died and were replaced."""
+    wait_s: float = 0.0
+    """Seconds that training waited for batches, the sum over ranks."""
 
     def add(self, batch: Batch, asked_s: float, received_s: float) -> None:
         """A batch that the training process asked for and received at these times of time.monotonic()."""
         self.faults += batch.faults
         self.counts.update(batch.counts)
         self.cache.update(batch.cache)
+        self.wait_s += received_s - asked_s
         handing_s = received_s - max(asked_s, min(batch.ready_s, received_s))
         _add(self.stage_s, {**batch.stage_s, "hand-over": handing_s})
 
@@ -51,6 +55,31 @@ class Tally:
         return {name: count / totals[name.rpartition("/")[0]] for name, count in sorted(self.counts.items())}
 
 
+class Intake(Iterator[Batch]):
+    """What the training loop takes from the loader, and what it was told with it."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._tally, self._keys = Tally(), list[str]()
+
+    def __next__(self) -> Batch:
+        asked_s = time.monotonic()
+        batch = next(self._batches)
+        self._tally.add(batch, asked_s, time.monotonic())
+        self._keys += batch.keys
+        return batch
+
+    def take_tally(self) -> Tally:
+        """Of the batches since this was asked."""
+        tally, self._tally = self._tally, Tally()
+        return tally
+
+    def take_keys(self) -> list[str]:
+        """Of the samples since this was asked."""
+        keys, self._keys = self._keys, []
+        return keys
+
+
 def merge(tallies: Iterable[Tally]) -> Tally:
     """The tally of all ranks."""
     whole = Tally()
@@ -60,6 +89,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
         whole.cache.update(tally.cache)
         _add(whole.stage_s, tally.stage_s)
         whole.lost_workers += tally.lost_workers
+        whole.wait_s += tally.wait_s
     return whole
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scaleclip.config import RunConfig
 from scaleclip.data.tokenizer import Tokenizer
+from scaleclip.evaluation.over_ranks import encode_over_ranks
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.retrieval import chance_recall_at_k, recall_at_k
 from scaleclip.evaluation.splits import SplitData
@@ -16,7 +17,11 @@ from scaleclip.models.dual_encoder import DualEncoder
 
 @torch.no_grad()
 def evaluate(model: DualEncoder, tokenizer: Tokenizer, splits: Sequence[SplitData], config: RunConfig) -> list[Figure]:
-    """Every figure of every split, in fp32. The model is left in the mode it was in."""
+    """Every figure of every split, in fp32. The model is left in the mode it was in. All ranks call; each encodes its part.
+
+    Raises:
+        RunError: an image of a split cannot be used.
+    """
     training = model.training
     model.eval()
     try:
@@ -31,15 +36,23 @@ def _evaluate_split(model: DualEncoder, tokenizer: Tokenizer, data: SplitData, s
     device = next(model.parameters()).device
 
     def encode_texts(texts: list[str]) -> Tensor:
-        parts = (tokenizer(texts[start : start + batch]).to(device) for start in range(0, len(texts), batch))
-        return torch.cat([model.encode_text(tokens).cpu() for tokens in parts])
+        def read(start: int, stop: int) -> Tensor:
+            return tokenizer(texts[start:stop])
 
-    keys: list[str] = []
-    vectors: list[Tensor] = []
-    for some_keys, pixels in data.images(size, batch):
-        keys += some_keys
-        vectors.append(model.encode_image(pixels.to(device)).cpu())
-    image_NE = torch.cat(vectors)
+        def encode(tokens_BT: Tensor) -> Tensor:
+            return model.encode_text(tokens_BT.to(device)).cpu()
+
+        return torch.cat(encode_over_ranks(len(texts), batch, read, encode))
+
+    def read_images(start: int, stop: int) -> tuple[list[str], Tensor]:
+        return data.images(start, stop, size)
+
+    def encode_images(images: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
+        return images[0], model.encode_image(images[1].to(device)).cpu()
+
+    parts = encode_over_ranks(data.num_images, batch, read_images, encode_images)
+    keys = [key for some_keys, _ in parts for key in some_keys]
+    image_NE = torch.cat([vectors_BE for _, vectors_BE in parts])
     text_GE = encode_texts([entry.text for entry in split.gallery])
     number = {concept: i for i, concept in enumerate(dict.fromkeys(entry.concept for entry in split.gallery))}
     image_concept_N = torch.tensor([number[split.concepts[key]] for key in keys])

@@ -2,9 +2,10 @@
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -65,8 +66,13 @@ class SplitData:
         patterns = [f"{path.with_suffix('')}-*.tar"]
         self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, cache)
 
-    def images(self, size: int, batch: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Keys and uint8 [B, 3, size, size] pixels, centre-cropped, in shard order.
+    @property
+    def num_images(self) -> int:
+        """Images of the split."""
+        return self.manifest.num_samples
+
+    def images(self, start: int, stop: int, size: int) -> tuple[list[str], Tensor]:
+        """Keys and uint8 [B, 3, size, size] pixels of images `start` to `stop`, centre-cropped, in shard order.
 
         Raises:
             RunError: an image cannot be used; figures over a part of a split would not be comparable.
@@ -74,24 +80,21 @@ class SplitData:
         members, max_pixels = SourceConfig().image, DataConfig().max_pixels
         keys: list[str] = []
         pixels: list[Tensor] = []
-        for shard, count in enumerate(self.manifest.counts):
-            for index in range(count):
-                try:
-                    sample = self._reader(shard, index)
-                    picture = open_image(sample.image(members), max_pixels)
-                    crop = centre_crop(picture.height, picture.width)
-                    image = picture.decode(crop, crop.height)  # every pixel: figures are compared with other systems'
-                except SampleError as error:
-                    raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
-                if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
-                    raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
-                keys.append(sample.key)
-                pixels.append(resize(image, size, flip=False))
-                if len(keys) == batch:
-                    yield keys, torch.stack(pixels)
-                    keys, pixels = [], []
-        if keys:
-            yield keys, torch.stack(pixels)
+        for number in range(start, min(stop, self.num_images)):
+            shard = int(np.searchsorted(self.manifest.first_sample, number, side="right")) - 1
+            index = number - int(self.manifest.first_sample[shard])
+            try:
+                sample = self._reader(shard, index)
+                picture = open_image(sample.image(members), max_pixels)
+                crop = centre_crop(picture.height, picture.width)
+                image = picture.decode(crop, crop.height)  # every pixel: figures are compared with other systems'
+            except SampleError as error:
+                raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
+            if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
+                raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
+            keys.append(sample.key)
+            pixels.append(resize(image, size, flip=False))
+        return keys, torch.stack(pixels)
 
 
 def open_splits(patterns: Sequence[str], cache: ShardCache) -> list[SplitData]:

@@ -4,13 +4,15 @@ Dimensions: B samples, C channels, H W pixels, T tokens, E the shared embedding 
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from scaleclip.config import ModelConfig
+from scaleclip.models.depth import NO_TOWER, Place, depth_groups
 from scaleclip.models.towers import build_image_tower, build_text_tower
 
 
@@ -32,6 +34,8 @@ class DualEncoder(nn.Module):
 
     `logit_scale` holds the LOGARITHM of the multiplier. The trainer keeps it within [0, `log_max_logit_scale`] after every
     step, where the optimizer's fp32 master is at hand; clamping in forward would stop its gradient at the bound.
+
+    Under `torch.device("meta")` it has the shapes of its parameters and no values.
 
     Raises:
         ConfigError: a tower cannot be built as configured (see `build_image_tower`).
@@ -76,6 +80,11 @@ class DualEncoder(nn.Module):
         """Text features [B, E], fp32, of unit length, from int64 token ids."""
         return F.normalize(self.text_projection(self.text(tokens_BT)).float(), dim=-1)
 
+    def parameter_places(self) -> dict[str, Place]:
+        """The tower and depth of every parameter by its name; a projection lies in its tower's last group."""
+        places = _tower_places("image", self.image.body) | _tower_places("text", self.text.body)
+        return {name: places.get(name, NO_TOWER) for name, _ in self.named_parameters()}
+
     def _normalise(self, pixels_BCHW: Tensor) -> Tensor:
         # numbers, not buffers: casting the module to bf16 would round a buffer
         channels = zip(pixels_BCHW.unbind(1), self._mean, self._std, strict=True)
@@ -86,3 +95,9 @@ def _projection(width: int, embed_dim: int) -> nn.Linear:
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection
+
+
+def _tower_places(tower: Literal["image", "text"], body: PreTrainedModel) -> dict[str, Place]:
+    groups = depth_groups(body)
+    places = {f"{tower}.body.{name}": Place(tower, group, groups.num_groups) for name, group in groups.group_of.items()}
+    return places | {f"{tower}_projection.weight": Place(tower, groups.num_groups - 1, groups.num_groups)}

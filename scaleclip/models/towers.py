@@ -17,10 +17,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 from scaleclip.config import ImageTowerConfig, TextTowerConfig
 from scaleclip.errors import ConfigError
 from scaleclip.models.clip_init import initialise_clip_image_tower, initialise_clip_text_tower
+from scaleclip.models.locking import lock
 from scaleclip.models.patch_dropout import drop_patches
+from scaleclip.models.pretrained import start_from_folder
 
 # Towers whose patch tokens can be dropped, with the tokens in front of the patches (CLIP's class token).
 PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+# Towers whose fresh weights are not transformers' own.
+INITIALISERS = {"clip_vision_model": initialise_clip_image_tower, "clip_text_model": initialise_clip_text_tower}
 
 
 class ImageTower(nn.Module):
@@ -30,14 +35,12 @@ class ImageTower(nn.Module):
         super().__init__()
         self.pooling = config.pooling
         self.patch_dropout = config.patch_dropout
-        self.body = _build("model.image", config.type, config.config, {"image_size": config.size}, checkpointing)
-        if config.type == "clip_vision_model":
-            initialise_clip_image_tower(self.body)
-            if config.pooling != "pooler":
-                raise ConfigError(
-                    f"model.image.pooling={config.pooling}: clip_vision_model normalises nothing but its class token, which is "
-                    f"what pooling=pooler returns; use that, or siglip_vision_model for the mean of the patches"
-                )
+        self.body = _build("model.image", config, {"image_size": config.size}, checkpointing)
+        if config.type == "clip_vision_model" and config.pooling != "pooler":
+            raise ConfigError(
+                f"model.image.pooling={config.pooling}: clip_vision_model normalises nothing but its class token, which is "
+                f"what pooling=pooler returns; use that, or siglip_vision_model for the mean of the patches"
+            )
         if config.patch_dropout > 0 and config.type not in PREFIX_TOKENS:
             raise ConfigError(
                 f"model.image.patch_dropout={config.patch_dropout}: a {config.type} tower has no patch tokens to drop; "
@@ -94,12 +97,9 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, checkpointing: bool) -> None:
         super().__init__()
         self.pooling = config.pooling
-        length = {"max_position_embeddings": config.context_length}
-        self.body = _build("model.text", config.type, config.config, length, checkpointing)
+        self.body = _build("model.text", config, {"max_position_embeddings": config.context_length}, checkpointing)
         # CLIP's tower is causal: what is pooled at the end token never sees the padding behind it
         self._masked = config.type != "clip_text_model"
-        if config.type == "clip_text_model":
-            initialise_clip_text_tower(self.body)
         values = self.body.config
         if config.type == "clip_text_model" and config.pooling == "pooler" and values.eos_token_id == 2:
             raise ConfigError("model.text.config.eos_token_id=2: transformers then pools at the largest id; use pooling=eos")
@@ -131,16 +131,19 @@ class TextTower(nn.Module):
 
 
 def build_image_tower(config: ImageTowerConfig, checkpointing: bool) -> ImageTower:
-    """The image tower with fresh weights: CLIP's initialisation for CLIP towers, transformers' own for others.
+    """The image tower with the weights of `config.pretrained`, or fresh ones: CLIP's initialisation for CLIP towers,
+    transformers' own for others.
+
+    Under `torch.device("meta")` it has shapes and no weights.
 
     Raises:
-        ConfigError: an unknown type or value, batch norm, or a wish that the tower cannot fulfil.
+        ConfigError: an unknown type or value, batch norm, a folder that does not agree, or a wish that the tower cannot fulfil.
     """
     return ImageTower(config, checkpointing)
 
 
 def build_text_tower(config: TextTowerConfig, checkpointing: bool) -> TextTower:
-    """The text tower with fresh weights; see `build_image_tower`."""
+    """The text tower; see `build_image_tower`."""
     return TextTower(config, checkpointing)
 
 
@@ -164,12 +167,12 @@ def check_tokenizer(config: TextTowerConfig, size: int, end_id: int, pad_id: int
             )
 
 
-def _build(key: str, kind: str, values: Mapping[str, Any], defaults: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
-    config = _transformers_config(key, kind, values, defaults)
-    try:
-        body = cast(PreTrainedModel, AutoModel.from_config(config))  # takes sdpa attention where the model has it
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{key}.config does not make a {kind} tower: {error}") from error
+def _build(
+    key: str, tower: ImageTowerConfig | TextTowerConfig, defaults: Mapping[str, Any], checkpointing: bool
+) -> PreTrainedModel:
+    kind = tower.type
+    config = _transformers_config(key, kind, tower.config, defaults)
+    body = _fresh_body(key, kind, config) if tower.pretrained is None else start_from_folder(key, tower, config)
     for name, module in body.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ConfigError(
@@ -180,6 +183,17 @@ def _build(key: str, kind: str, values: Mapping[str, Any], defaults: Mapping[str
         if not body.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: transformers has none for {key}.type={kind}; unset it")
         body.gradient_checkpointing_enable({"use_reentrant": False})
+    lock(key, tower, body)
+    return body
+
+
+def _fresh_body(key: str, kind: str, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        body = cast(PreTrainedModel, AutoModel.from_config(config))  # takes sdpa attention where the model has it
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{key}.config does not make a {kind} tower: {error}") from error
+    if kind in INITIALISERS:
+        INITIALISERS[kind](body)
     return body
 
 

@@ -1,0 +1,207 @@
+"""What encoding one micro batch takes, counted on fake tensors: the model's own code runs, without arithmetic and without memory.
+
+Attention is counted as the fused kernels do it, which store one number a row and no T x T matrix.
+
+Dimensions: B pairs, C channels, H W pixels, T tokens.
+"""
+
+import contextlib
+import functools
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from scaleclip.config import DataConfig, ModelConfig
+from scaleclip.models.dual_encoder import DualEncoder, Features
+
+_AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # unused with fp32
+# Two sizes make a line. One pair would not do: sizes of 1 are broadcast, and take other ways.
+_SMALL, _LARGE = 2, 4
+
+
+class Timeline(NamedTuple):
+    """Memory over one forward and backward pass: at moment i, B pairs hold fixed_bytes[i] + B * pair_bytes[i].
+
+    Activations, their gradients and temporaries, with autocast's copies of the weights; without parameters, without complete
+    gradients of parameters and without the inputs.
+    """
+
+    fixed_bytes: NDArray[np.int64]
+    pair_bytes: NDArray[np.int64]
+    learned: NDArray[np.int64]
+    """Parameters (elements) whose gradients are complete."""
+    num_forward: int
+    """Moments of the forward pass."""
+
+
+class Counts(NamedTuple):
+    """A model as the planner sees it."""
+
+    learning: tuple[int, ...]
+    """Elements of each parameter that learns."""
+    frozen: tuple[int, ...]
+    """Elements of each parameter that does not."""
+    timeline: Timeline
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of the towers for one pair; a multiply-add counts 2."""
+
+    forward: int
+    backward: int
+    """Recomputed activations included."""
+
+
+def num_tokens(model: ModelConfig, data: DataConfig) -> int:
+    """Tokens of every text in a batch: those of the widest view."""
+    return max(view.max_tokens or model.text.context_length for view in data.views)
+
+
+def count_memory(model: ModelConfig, data: DataConfig, precision: str) -> Counts:
+    """Parameters and memory of a micro batch in training, in a second or two.
+
+    Raises:
+        ConfigError: a tower cannot be built as configured.
+    """
+    return _count_memory(model.model_dump_json(), num_tokens(model, data), len(data.views), precision)
+
+
+def count_flops(model: ModelConfig, data: DataConfig) -> Flops:
+    """Matrix products, convolutions and attention of a micro batch in training; raises as `count_memory`."""
+    return _count_flops(model.model_dump_json(), num_tokens(model, data), len(data.views))
+
+
+@functools.cache
+def _count_memory(model_json: str, tokens: int, views: int, precision: str) -> Counts:
+    config = ModelConfig.model_validate_json(model_json)
+    with _fake_model(config) as model:
+        small, large = (_track(model, config, size, tokens, views, precision) for size in (_SMALL, _LARGE))
+        learning = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
+    pair_bytes = (large.held_bytes - small.held_bytes) // (_LARGE - _SMALL)
+    timeline = Timeline(small.held_bytes - _SMALL * pair_bytes, pair_bytes, small.learned, small.num_forward)
+    return Counts(learning, frozen, timeline)
+
+
+@functools.cache
+def _count_flops(model_json: str, tokens: int, views: int) -> Flops:
+    config = ModelConfig.model_validate_json(model_json)
+    with _fake_model(config) as model:
+        inputs = _inputs(config, 1, tokens, views)
+        # the counter does not know the CPU's fused attention; the plain one is made of matrix products
+        with sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as forward:
+                features = model(*inputs)
+            with FlopCounterMode(display=False, custom_mapping=_OWN_FLOPS) as backward:
+                _backward(features)
+    return Flops(forward.get_total_flops(), backward.get_total_flops())
+
+
+def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, out_shape: Any, **others: Any) -> int:
+    """PyTorch's own formula counts a depthwise convolution as a full one."""
+    output_mask = rest[-1]
+    return 2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * (int(output_mask[0]) + int(output_mask[1]))
+
+
+_OWN_FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
+@contextlib.contextmanager
+def _fake_model(config: ModelConfig) -> Iterator[DualEncoder]:
+    with torch.device("meta"):
+        model = DualEncoder(config)
+    # the collector would free at moments of its own
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield model.to_empty(device="cpu").train()
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+def _inputs(config: ModelConfig, size: int, tokens: int, views: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    pixels_BCHW = torch.empty(size, 3, config.image.size, config.image.size, dtype=torch.uint8)
+    tokens_BT = tuple(torch.empty(size, tokens, dtype=torch.int64) for _ in range(views))
+    return pixels_BCHW, tokens_BT, torch.empty(size, dtype=torch.int64)
+
+
+def _backward(features: Features) -> None:
+    outputs = [features.image_BE, *features.texts_BE, features.logit_scale]
+    outputs += [] if features.logit_bias is None else [features.logit_bias]
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
+class _Track(NamedTuple):
+    held_bytes: NDArray[np.int64]
+    learned: NDArray[np.int64]
+    num_forward: int
+
+
+def _track(model: DualEncoder, config: ModelConfig, size: int, tokens: int, views: int, precision: str) -> _Track:
+    inputs = _inputs(config, size, tokens, views)
+    tracker = _LiveBytes()
+    with _gradients_taken(model, tracker), tracker:
+        with torch.autocast("cpu", _AUTOCAST[precision], enabled=precision != "fp32"):
+            features = model(*inputs)
+        num_forward = len(tracker.held_bytes)
+        _backward(features)
+    return _Track(np.array(tracker.held_bytes), np.array(tracker.learned), num_forward)
+
+
+@contextlib.contextmanager
+def _gradients_taken(model: nn.Module, tracker: "_LiveBytes") -> Iterator[None]:
+    """Complete gradients are counted and dropped: how long they stay is ZeRO's affair."""
+
+    def take(parameter: Tensor) -> None:
+        tracker.num_learned += parameter.numel()
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators made and that still live, whenever one was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held_bytes: list[int] = []
+        self.learned: list[int] = []
+        self.num_learned = 0
+        self._live: dict[int, int] = {}
+        self._now = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is None or storage._cdata in given or storage._cdata in self._live:
+                continue
+            self._live[storage._cdata] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata)
+            self.held_bytes.append(self._now)
+            self.learned.append(self.num_learned)
+        return out
+
+    def _forget(self, storage: int) -> None:
+        self._now -= self._live.pop(storage)

@@ -1,0 +1,121 @@
+"""A run's configuration made so small that a step takes a moment, with everything kept that decides how it is computed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from scaleclip.config import ImageTowerConfig, RunConfig, TextTowerConfig
+from scaleclip.config_io import differing_keys
+from scaleclip.errors import ConfigError
+from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.models.towers import build_image_tower, build_text_tower
+
+Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
+
+# the most of a value of a tower's transformers configuration, or of each entry of a list
+_MOST = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256,
+    "hidden_sizes": 16, "depths": 1,
+}  # fmt: skip
+_TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_MOST_EMBED_DIM, _MOST_TOKENS, _MOST_UNLOCKED_GROUPS = 32, 12, 3
+_MOST_PIXELS, _MOST_PATCH_PIXELS, _MOST_PATCHES = 64, 8, 4  # a side
+_GLOBAL_BATCH = 23  # a prime: no number of ranks and no micro batch divides it
+
+
+class Shrunk(NamedTuple):
+    """A small configuration and what became of the whole one."""
+
+    config: RunConfig
+    changes: list[str]
+    """`key: old -> new` of every value that differs."""
+
+
+def shrink(config: RunConfig) -> Shrunk:
+    """The small configuration, in fp32 and on a CPU.
+
+    Kept: kinds of towers, pooling, dropout, patch dropout, locking, activation checkpointing, text views, loss, duplicates,
+    optimizer, learning rates and ZeRO's settings. A tower of a kind whose sizes are not known here stays as large as it is.
+
+    Raises:
+        ConfigError: a tower cannot be built as configured.
+    """
+    model, loss, train = config.model, config.loss, config.train
+    fresh = model.model_copy(
+        update={name: getattr(model, name).model_copy(update={"pretrained": None}) for name in ("image", "text")}
+    )
+    with torch.device("meta"):
+        whole = DualEncoder(fresh)
+        towers = {
+            "image": _smaller(fresh.image, whole.image.body.config, _shrink_image, build_image_tower),
+            "text": _smaller(fresh.text, whole.text.body.config, _shrink_text, build_text_tower),
+        }
+    small = config.model_copy(
+        update={
+            "model": model.model_copy(update=towers | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
+            "loss": loss.model_copy(update={"compute_dtype": "fp32", "fp32_precision": "ieee", "backend": "panels"}),
+            "train": train.model_copy(
+                update={"global_batch": min(train.global_batch, _GLOBAL_BATCH), "precision": "fp32", "compile": False}
+            ),
+        }
+    )
+    defaults = {"model.image.config": whole.image.body.config, "model.text.config": whole.text.body.config}
+    changes = []
+    for key, old, new in differing_keys(config, small):
+        section, _, name = key.rpartition(".")
+        # what the file leaves out is the tower's own default
+        before = getattr(defaults[section], name) if section in defaults and old is None else old
+        if before != new:
+            changes.append(f"{key}: {before} -> {new}")
+    return Shrunk(small, changes)
+
+
+def _smaller(
+    tower: Tower, values: Any, shrink_tower: Callable[[Tower, Any], Tower], build: Callable[[Tower, bool], nn.Module]
+) -> Tower:
+    small = shrink_tower(tower, values)
+    try:
+        build(small, False)
+    except ConfigError:
+        # a kind of tower with rules of its own between its sizes
+        return tower
+    return small
+
+
+def _shrink_image(tower: ImageTowerConfig, values: Any) -> ImageTowerConfig:
+    sizes, pixels = _small_sizes(values), min(tower.size, _MOST_PIXELS)
+    patch = getattr(values, "patch_size", None)
+    if isinstance(patch, int) and "depths" not in sizes:
+        sizes["patch_size"] = min(patch, _MOST_PATCH_PIXELS)
+        pixels = min(tower.size // patch, _MOST_PATCHES) * sizes["patch_size"]
+    if "image_size" in tower.config:
+        sizes["image_size"] = pixels
+    return tower.model_copy(update={"size": pixels} | _layers(tower, sizes))
+
+
+def _shrink_text(tower: TextTowerConfig, values: Any) -> TextTowerConfig:
+    sizes = _small_sizes(values)
+    ids = {name: getattr(values, name) for name in _TOKEN_IDS}
+    too_large = sorted({number for number in ids.values() if (number or 0) >= sizes["vocab_size"]})
+    moved = {number: sizes["vocab_size"] - len(too_large) + place for place, number in enumerate(too_large)}
+    sizes |= {name: moved.get(number, number) for name, number in ids.items()}
+    return tower.model_copy(update={"context_length": min(tower.context_length, _MOST_TOKENS)} | _layers(tower, sizes))
+
+
+def _layers(tower: Tower, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    unlocked_groups = min(tower.unlocked_groups, _MOST_UNLOCKED_GROUPS)
+    return {"config": {**tower.config, **sizes}, "unlocked_groups": unlocked_groups}
+
+
+def _small_sizes(values: Any) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for name, most in _MOST.items():
+        value = getattr(values, name, None)
+        if isinstance(value, int):
+            sizes[name] = min(value, most)
+        elif isinstance(value, list):
+            sizes[name] = [min(each, most) for each in value]
+    return sizes
+

@@ -1,0 +1,270 @@
+"""Memory of a training step on one rank, before any of it is taken.
+
+The towers' part is counted (scaleclip.counting). What ZeRO keeps of parameters, gradients and optimizer state
+(arXiv:1910.02054) is arithmetic on the sizes of parameters, as DeepSpeed 0.19.8 does it; tools/check_plan.py holds the sum
+against measurements.
+
+Dimensions: n pairs of a rank's share, V text views, E the shared embedding space.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaleclip.config import RunConfig
+from scaleclip.counting import Counts, count_memory, num_tokens
+
+DeviceType = Literal["cuda", "cpu"]
+"""Where a rank trains; on "cpu" the device is the host."""
+Moment = Literal["towers", "loss", "reduction", "optimizer"]
+
+_FP32_BYTES = 4
+# DeepSpeed's own settings, in elements, where `train.deepspeed.zero_optimization` has no others
+_DEEPSPEED_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
+_STAGE_0_BUCKET = 500_000_000
+# of scaleclip_kernels, in its triton_launch.py, panels.py and distributed.py
+_TRITON_BYTES = (64 << 20) + (32 << 20)
+_PANELS_BYTES = 2 * 1024 * 1024 * _FP32_BYTES
+_GATHERED_BYTES = 64 << 20
+_MAX_RING_RANKS = 64
+
+
+class StepMemory(NamedTuple):
+    """Bytes on a rank's device at the moment of a step that takes most, by what they are for."""
+
+    moment: Moment
+    """When that is: encoding a micro batch or going back through it, the loss, adding up gradients, AdamW's step."""
+    parameters: int = 0
+    """What the towers compute with: all parameters in fp32, or under stage 3 a shard and what is gathered of the others."""
+    masters: int = 0
+    """The fp32 copies that AdamW updates, where these are not the parameters themselves."""
+    optimizer: int = 0
+    """AdamW's two moments."""
+    gradients: int = 0
+    """Of the parameters that learn, in fp32."""
+    activations: int = 0
+    """What the towers hold for one micro batch: activations, their gradients, temporaries, autocast's copies of weights."""
+    inputs: int = 0
+    """Pixels and tokens."""
+    features: int = 0
+    """Of a share in two passes, with their gradients."""
+    loss: int = 0
+    """The contrastive loss's workspace."""
+    communication: int = 0
+    """Buckets that gradients travel in."""
+    host: int = 0
+    """Offloaded, in the host's memory. Not in `total`; where the device is the host, `optimizer` has it instead."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self[1:-1])
+
+
+def step_memory(config: RunConfig, world_size: int, micro_batch: int, device: DeviceType = "cuda") -> StepMemory:
+    """The peak of a step that encodes `micro_batch` pairs at once (a rank's share, if that is less).
+
+    The first call for a model takes seconds, others milliseconds. torch.compile is counted as if it saved nothing.
+
+    Raises:
+        ConfigError: a tower cannot be built as configured.
+    """
+    counts = count_memory(config.model, config.data, config.train.precision)
+    step = _Step(config, counts, world_size, micro_batch, device)
+    return max(step.moments(), key=lambda moment: moment.total)
+
+
+def largest_micro_batch(config: RunConfig, world_size: int, budget_bytes: int, device: DeviceType = "cuda") -> int:
+    """The most pairs at once, up to a rank's share, that stay within the budget; 0 if one pair does not.
+
+    Raises:
+        ConfigError: a tower cannot be built as configured.
+    """
+
+    def fits(micro_batch: int) -> bool:
+        return step_memory(config, world_size, micro_batch, device).total <= budget_bytes
+
+    share = -(-config.train.global_batch // world_size)
+    # one pass needs no cached features, so the share may fit where a little less does not
+    if fits(share):
+        return share
+    low, high = 0, share
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class _Step:
+    """The arithmetic of one rank's step."""
+
+    def __init__(self, config: RunConfig, counts: Counts, world_size: int, micro_batch: int, device: DeviceType) -> None:
+        self._train, self._loss, self._model = config.train, config.loss, config.model
+        self._timeline, self._world_size, self._device = counts.timeline, world_size, device
+        self._share = -(-config.train.global_batch // world_size)
+        self._chunk = min(micro_batch, self._share)
+        self._is_two_pass = self._chunk < self._share
+        self._views, self._num_tokens = len(config.data.views), num_tokens(config.model, config.data)
+        self._learning = _FP32_BYTES * sum(counts.learning)
+        self._frozen = _FP32_BYTES * sum(counts.frozen)
+        self._shard = -(-self._learning // world_size)
+        self._bucket = self._setting("reduce_bucket_size")
+
+    def moments(self) -> Iterator[StepMemory]:
+        """What a step holds at each moment that may be its peak."""
+        yield from map(self._towers, self._passes())
+        yield self._at("loss", **self._loss_moment())
+        yield self._at("reduction", **self._while_reducing())
+        yield self._at("optimizer", gradients=self._gradients_while_updating(), communication=self._lasting_bucket())
+
+    def _towers(self, beside: "_Beside") -> StepMemory:
+        """The worst moment of a forward and backward pass."""
+        activations = self._timeline.fixed_bytes + self._chunk * self._timeline.pair_bytes
+        worst = int((activations + beside.gradients + beside.buckets).argmax())
+        return self._at(
+            "towers",
+            gathered=self._gathered(),
+            gradients=int(beside.gradients[worst]),
+            activations=int(activations[worst]),
+            features=2 * self._features() if self._is_two_pass else 0,
+            communication=int(beside.buckets[worst]),
+        )
+
+    def _at(self, moment: Moment, *, gathered: int = 0, **others: int) -> StepMemory:
+        """With what is held at every moment."""
+        stage, offload = self._train.zero_stage, self._train.offload_optimizer
+        moments = 2 * (self._shard if stage else self._learning)
+        masters = self._shard if stage in (1, 2) or (stage and offload) else 0
+        parameters = self._learning + self._frozen
+        host = 0
+        if stage == 3:
+            parameters = -(-parameters // self._world_size)
+        if offload:
+            # gradients lie there too, and under stages 1 and 2 a copy of the parameters on their way back
+            host, moments, masters = moments + masters + (self._shard if stage == 3 else 2 * self._shard), 0, 0
+        if self._train.offload_parameters:
+            host, parameters = host + parameters, 0
+        if self._device == "cpu":
+            moments, host = moments + host, 0
+        return StepMemory(moment, parameters + gathered, masters, moments, inputs=self._inputs(), host=host, **others)
+
+    def _passes(self) -> "Iterator[_Beside]":
+        """What each kind of pass that a step has holds beside the towers' activations, moment by moment."""
+        done = _FP32_BYTES * self._timeline.learned
+        none, shard = np.zeros_like(done), self._on_device(self._shard)
+        # what is reduced leaves the buckets for the shard, which is made when the first bucket is full
+        reduced = np.where(done > self._bucket, shard, 0)
+        buckets = self._two_buckets(done)
+        match self._train.zero_stage:
+            case 0:
+                yield _Beside(none + self._learning if self._is_two_pass else done, none)
+            case 1 if self._is_two_pass:
+                yield _Beside(none + self._learning, none + self._touched(2 * self._bucket, 0))
+                yield _Beside(self._learning - done + reduced, buckets)
+            case 2 if self._is_two_pass and self._reduces_once():
+                yield _Beside(none + self._learning, none)
+            case 2 if self._is_two_pass:
+                yield _Beside(shard + reduced, buckets)
+            case 3:
+                whole = self._learning if self._is_two_pass and self._reduces_once() else 0
+                # the bucket stays; once it is full it is copied to be scattered
+                copy = np.where(done > self._bucket, self._bucket, 0)
+                yield _Beside(none + shard + whole, copy + self._lasting_bucket())
+            case _:
+                yield _Beside(reduced, buckets)
+
+    def _two_buckets(self, done: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of stages 1 and 2, from the first gradient on: one is filled while the other one is reduced."""
+        return np.minimum(done, 2 * self._bucket) if self._device == "cpu" else np.where(done > 0, 2 * self._bucket, 0)
+
+    def _reduces_once(self) -> bool:
+        return self._train.zero_stage < 2 or self._train.reduce_gradients == "step"
+
+    def _while_reducing(self) -> dict[str, int]:
+        """After the towers' last pass, when the last gradients are added up."""
+        shard, buckets = self._on_device(self._shard), self._touched(2 * self._bucket, self._learning)
+        match self._train.zero_stage:
+            case 0:
+                return {"gradients": self._learning, "communication": min(self._learning, _FP32_BYTES * _STAGE_0_BUCKET)}
+            case 3:
+                whole = self._learning if self._is_two_pass and self._reduces_once() else 0
+                return {"gradients": shard + whole, "communication": self._lasting_bucket() + min(self._learning, self._bucket)}
+            case 2 if self._is_two_pass and self._reduces_once():
+                left = self._learning - min(self._learning, self._bucket)
+                return {"gradients": max(self._learning, left + shard), "communication": buckets}
+            case stage:
+                return {"gradients": shard * (2 if stage == 2 and self._is_two_pass else 1), "communication": buckets}
+
+    def _gradients_while_updating(self) -> int:
+        # under ZeRO a flat copy is made of the shard's gradients
+        return 2 * self._on_device(self._shard) if self._train.zero_stage else self._learning
+
+    def _lasting_bucket(self) -> int:
+        return self._touched(self._bucket, self._learning) if self._train.zero_stage == 3 else 0
+
+    def _touched(self, buffer: int, written: int) -> int:
+        """A host gives memory to what is written alone."""
+        return min(buffer, written) if self._device == "cpu" else buffer
+
+    def _on_device(self, shard: int) -> int:
+        return 0 if self._train.offload_optimizer else shard
+
+    def _gathered(self) -> int:
+        """Parameters of other ranks' shards, which stage 3 keeps while they are used again soon; one rank's shard is all."""
+        if self._train.zero_stage < 3 or (self._world_size == 1 and not self._train.offload_parameters):
+            return 0
+        limit = self._setting("stage3_max_reuse_distance") + self._setting("stage3_prefetch_bucket_size")
+        return min(self._learning + self._frozen, limit)
+
+    def _inputs(self) -> int:
+        a_pair = 3 * self._model.image.size**2 + 8 * self._num_tokens * self._views + 17  # id, validity, seed
+        # a device gets the next chunk while it works on one; the host holds all that the loader gave
+        return a_pair * (self._share if self._device == "cpu" else min(2 * self._chunk, self._share))
+
+    def _features(self) -> int:
+        """fp32 features of a share."""
+        return _FP32_BYTES * self._share * (1 + self._views) * self._model.embed_dim
+
+    def _loss_moment(self) -> dict[str, int]:
+        """The loss, forward and backward: what the towers then hold, or the features of two passes."""
+        last = self._timeline.num_forward - 1
+        held = int(self._timeline.fixed_bytes[last] + self._chunk * self._timeline.pair_bytes[last])
+        if not self._is_two_pass:
+            return {"activations": held, "loss": self._loss_workspace(), "gathered": self._gathered()}
+        return {"features": 2 * self._features(), "loss": self._loss_workspace()}
+
+    def _loss_workspace(self) -> int:
+        images = self._share * self._model.embed_dim
+        texts = images * self._views
+        compute_bytes = 2 if self._loss.compute_dtype == "bf16" else _FP32_BYTES
+        # texts of all views in one tensor, both sides in the compute dtype, their gradients
+        local = _FP32_BYTES * texts + (compute_bytes * (images + texts) if compute_bytes == 2 else 0)
+        local += _FP32_BYTES * (images + texts)
+        is_triton = self._device == "cuda" and self._loss.backend in ("auto", "triton")
+        local += _TRITON_BYTES if is_triton else _PANELS_BYTES
+        if self._world_size == 1:
+            return local
+        is_ring = self._loss.schedule == "ring" or (self._loss.schedule == "auto" and self._world_size <= _MAX_RING_RANKS)
+        if is_ring:
+            return local + 2 * texts * (compute_bytes + _FP32_BYTES)
+        gathered = min(_GATHERED_BYTES, self._world_size * texts * compute_bytes)
+        return local + 2 * gathered * (compute_bytes + _FP32_BYTES) // compute_bytes
+
+    def _setting(self, name: str) -> int:
+        """Bytes of a setting that DeepSpeed has in elements."""
+        own = self._train.deepspeed.get("zero_optimization", {})
+        return _FP32_BYTES * int(own.get(name, _DEEPSPEED_DEFAULTS[name]))
+
+
+class _Beside(NamedTuple):
+    """Bytes at every moment of the towers' timeline."""
+
+    gradients: NDArray[np.int64]
+    """Of parameters, outside of buckets."""
+    buckets: NDArray[np.int64]

@@ -1,0 +1,56 @@
+"""The interpreter and the profiler while a run trains."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_SKIPPED, _WARM_UP, _TRACED = 3, 1, 3
+
+
+class Trace(Protocol):
+    """What is told of every step."""
+
+    def step(self) -> None:
+        """A step was taken."""
+
+
+@contextlib.contextmanager
+def collected_at_log_steps() -> Iterator[Callable[[], object]]:
+    """Garbage is collected when the given function is called, and not in the middle of a step.
+
+    A collection stops this rank, and all others wait for it at their next collective; at a log step the host waits for the
+    device anyway.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def traced(path: Path | None) -> Iterator[Trace]:
+    """Write a trace of a few steps, after the first ones, to `path`, for chrome://tracing or Perfetto; no path, no trace."""
+    if path is None:
+        yield _NoTrace()
+        return
+
+    def write(profiler: torch.profiler.profile) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+
+    schedule = torch.profiler.schedule(wait=_SKIPPED, warmup=_WARM_UP, active=_TRACED, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler
+
+
+class _NoTrace:
+    def step(self) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""Speed and memory of training steps, against open_clip's trainer and by part."""
