@@ -1,4 +1,4 @@
-"""What encoding one micro batch takes, counted on fake tensors: the model's own code runs, without arithmetic and without memory.
+"""What encoding a micro batch takes, counted on fake tensors: the model's own code runs without arithmetic and without memory.
 
 Attention is counted as the fused kernels do it, which store one number a row and no T x T matrix.
 
@@ -112,7 +112,8 @@ def _count_flops(model_json: str, tokens: int, views: int) -> Flops:
 def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, out_shape: Any, **others: Any) -> int:
     """PyTorch's own formula counts a depthwise convolution as a full one."""
     output_mask = rest[-1]
-    return 2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * (int(output_mask[0]) + int(output_mask[1]))
+    num_wanted = int(output_mask[0]) + int(output_mask[1])
+    return int(2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * num_wanted)
 
 
 _OWN_FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward}
@@ -170,7 +171,8 @@ def _gradients_taken(model: nn.Module, tracker: "_LiveBytes") -> Iterator[None]:
         tracker.num_learned += parameter.numel()
         parameter.grad = None
 
-    hooks = [p.register_post_accumulate_grad_hook(take) for p in model.parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in learning]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -178,11 +180,11 @@ def _gradients_taken(model: nn.Module, tracker: "_LiveBytes") -> Iterator[None]:
             hook.remove()
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operators made and that still live, whenever one was made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held_bytes: list[int] = []
         self.learned: list[int] = []
         self.num_learned = 0

@@ -12,6 +12,7 @@ host at every step, are switched off.
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ import deepspeed
 from deepspeed.utils import safe_get_full_grad
 
 deepspeed.logger.setLevel("WARNING")
+# of names that DeepSpeed calls at every gather
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 # A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -260,9 +263,10 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     # two buckets of this many elements each are held: DeepSpeed's 500 million would be 4 GB
     zero: dict[str, Any] = {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS}
     if train.zero_stage in (1, 2):
-        zero |= {"overlap_comm": True}
-        if not train.offload_optimizer:
-            zero |= {"compute_grad_norm": False}
+        # overlap_comm would make the host wait for the device after every backward pass
+        zero["overlap_comm"] = False
+        # DeepSpeed insists on its own norm where the optimizer lies in the host's memory: see _leave_out_host_reads
+        zero["compute_grad_norm"] = train.offload_optimizer
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if train.offload_parameters:

@@ -1,6 +1,8 @@
 """The command `scaleclip verify-equivalence`. Imports inside, as in scaleclip/cli.py."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -10,6 +12,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from scaleclip.equivalence.verify import Verdict
+
+T = TypeVar("T")
+
+_FILE_WIDTH = 128
 
 
 def verify_equivalence(
@@ -35,7 +41,7 @@ def verify_equivalence(
 
     from scaleclip.config_io import load_config
     from scaleclip.config_rules import validate
-    from scaleclip.equivalence.layouts import grid, pairwise
+    from scaleclip.equivalence.layouts import SCHEDULES, STAGES, grid, pairwise
     from scaleclip.equivalence.shrink import shrink
     from scaleclip.equivalence.verify import LIMIT, Verifier
     from scaleclip.files import resolve_path
@@ -45,24 +51,59 @@ def verify_equivalence(
     layouts = grid(
         _numbers("--ranks", ranks),
         _numbers("--micro-batches", micro_batches),
-        _choices("--stages", stages, {str(stage): stage for stage in (0, 1, 2, 3)}),
-        _choices("--schedules", schedules, {"ring": "ring", "gather": "gather"}),
+        _choices("--stages", stages, STAGES),
+        _choices("--schedules", schedules, SCHEDULES),
     )
     small = shrink(whole)
+    global_batch = small.config.train.global_batch
+    if max(layout.world_size for layout in layouts) > global_batch:
+        raise ConfigError(f"--ranks={ranks}: the shrunk global batch has {global_batch} pairs, one a rank at least")
     console = Console()
-    console.print("shrunk: " + ", ".join(small.changes), highlight=False)
-    table, verdicts = _table(small.config.train.global_batch, LIMIT), []
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print("Shrunk: " + ", ".join(small.changes), highlight=False)
+    verdicts: list[Verdict] = []
+    table = _table(f"{config}, {steps} steps of {global_batch} pairs", LIMIT)
     with Live(table, console=console):
         for verdict in Verifier(small.config, steps)(pairwise(layouts) if quick else layouts):
             verdicts.append(verdict)
-            table.add_row(*_row(verdict), style="" if verdict.holds else "bold red")
-    beyond = [verdict for verdict in verdicts if not verdict.holds]
+            table.add_row(*_row(verdict), style=None if verdict.holds else "bold red")
+    beyond = Counter(verdict.differences.worst_parameter for verdict in verdicts if not verdict.holds)
     if beyond:
-        worst = max(beyond, key=lambda verdict: max(verdict.differences.gradients))
+        names = ", ".join(f"{name} ({count})" for name, count in beyond.most_common())
         raise RunError(
-            f"{len(beyond)} of {len(verdicts)} layouts differ by more than {LIMIT:.0e}; worst gradient: "
-            f"{worst.differences.worst_parameter}, at {_name(worst)}"
+            f"{beyond.total()} of {len(verdicts)} layouts differ by more than {LIMIT:.0e}; the parameters whose gradients are "
+            f"furthest away, with the number of layouts: {names}"
         )
+
+
+def _table(title: str, limit: float) -> "Table":
+    from rich.table import Table
+
+    caption = (
+        f"Largest differences from one process; the limit is {limit:.0e}. Loss: relative. Gradients: |difference| / "
+        "largest |gradient|. Parameters: in learning rates, each element weighed by |gradient| / largest |gradient|, since "
+        "AdamW moves one whose gradient is only rounding as far as the others. Bytes that a rank hands to DeepSpeed's "
+        "collectives in a step; x: times the gradients' size."
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for column in ("ranks", "micro", "ZeRO"):
+        table.add_column(column, justify="right")
+    table.add_column("schedule")
+    for column in ("loss", "first\ngradients", "last\ngradients", "parameters", "reduced", "gathered", "s"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _row(verdict: "Verdict") -> list[str]:
+    layout, found = verdict.layout, verdict.differences
+    errors = (found.loss, found.gradients[0], found.gradients[-1], found.parameters)
+    return [
+        *map(str, layout),
+        *(f"{error:.1e}" for error in errors),
+        *(f"{sent / 1e3:,.0f} kB, {sent / verdict.gradient_bytes:.2f} x" for sent in verdict.traffic),
+        f"{verdict.seconds:.1f}",
+    ]
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -72,8 +113,9 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _choices[T](option: str, text: str, choices: dict[str, T]) -> list[T]:
+def _choices(option: str, text: str, choices: Sequence[T]) -> list[T]:
+    named = {str(choice): choice for choice in choices}
     parts = text.split(",")
-    if not set(parts) <= choices.keys():
-        raise ConfigError(f"{option}={text}: choose among {', '.join(choices)}, with commas between them")
-    return [choices[part] for part in parts]
+    if not set(parts) <= named.keys():
+        raise ConfigError(f"{option}={text}: choose among {', '.join(named)}, with commas between them")
+    return [named[part] for part in parts]

@@ -20,19 +20,23 @@ from scaleclip.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
-# what takes long to import and what it reads from the environment when it is
-_PRELOADED = ["scaleclip.step"]
+# the last one is what DeepSpeed 0.19 imports when ZeRO starts, and torch's compiler with it
+_PRELOADED = ["scaleclip.step", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 _POLL_S = 0.02
 
 
-def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600) -> list[T]:
+def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600, grace_s: float = 0.5) -> list[T]:
     """Each rank's `job(*args)`, in rank order, with one thread a rank and a gloo process group.
 
     Args:
         job: a module's function; arguments and result can be pickled.
+        world_size: ranks.
+        args: the job's.
+        timeout_s: seconds that all may take.
+        grace_s: seconds that the others have to end once one has failed.
 
     Raises:
         ConfigError: the one that a rank raised.
@@ -51,6 +55,9 @@ def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: flo
                 if time.monotonic() > deadline:
                     raise RunError(f"{job.__name__} on {world_size} ranks took more than {timeout_s} s")
                 time.sleep(_POLL_S)
+            deadline = time.monotonic() + grace_s
+            for process in ranks:
+                process.join(max(0, deadline - time.monotonic()))
         finally:
             for process in ranks:
                 process.kill()
@@ -89,7 +96,8 @@ def _rank_main(job: Callable[..., Any], rank: int, world_size: int, folder: Path
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size)
+    store = dist.FileStore(str(folder / "store"), world_size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     exit_code = 0
     try:
         result = job(*args)

@@ -7,13 +7,13 @@ against measurements.
 Dimensions: n pairs of a rank's share, V text views, E the shared embedding space.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scaleclip.config import RunConfig
+from scaleclip.config import LossConfig, RunConfig
 from scaleclip.counting import Counts, count_memory, num_tokens
 
 DeviceType = Literal["cuda", "cpu"]
@@ -21,9 +21,9 @@ DeviceType = Literal["cuda", "cpu"]
 Moment = Literal["towers", "loss", "reduction", "optimizer"]
 
 _FP32_BYTES = 4
-# DeepSpeed's own settings, in elements, where `train.deepspeed.zero_optimization` has no others
-_DEEPSPEED_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
+# settings in elements, where `train.deepspeed.zero_optimization` has no others: DeepSpeed's own but for the first
+_ZERO_SETTINGS = {
+    "reduce_bucket_size": 2**25,  # of scaleclip.engine
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
 }
@@ -32,7 +32,8 @@ _STAGE_0_BUCKET = 500_000_000
 _TRITON_BYTES = (64 << 20) + (32 << 20)
 _PANELS_BYTES = 2 * 1024 * 1024 * _FP32_BYTES
 _GATHERED_BYTES = 64 << 20
-_MAX_RING_RANKS = 64
+MAX_RING_RANKS = 64
+"""Up to which `loss.schedule=auto` is the ring."""
 
 
 class StepMemory(NamedTuple):
@@ -101,6 +102,11 @@ def largest_micro_batch(config: RunConfig, world_size: int, budget_bytes: int, d
     return low
 
 
+def uses_ring(loss: LossConfig, world_size: int) -> bool:
+    """Whether features go round a ring; else they are gathered."""
+    return loss.schedule == "ring" or (loss.schedule == "auto" and world_size <= MAX_RING_RANKS)
+
+
 class _Step:
     """The arithmetic of one rank's step."""
 
@@ -114,14 +120,16 @@ class _Step:
         self._learning = _FP32_BYTES * sum(counts.learning)
         self._frozen = _FP32_BYTES * sum(counts.frozen)
         self._shard = -(-self._learning // world_size)
+        self._own_gradients = 0 if self._train.offload_optimizer else _own_gradients_bytes(counts.learning, world_size)
         self._bucket = self._setting("reduce_bucket_size")
 
     def moments(self) -> Iterator[StepMemory]:
         """What a step holds at each moment that may be its peak."""
         yield from map(self._towers, self._passes())
+        yield self._gathering()
         yield self._at("loss", **self._loss_moment())
         yield self._at("reduction", **self._while_reducing())
-        yield self._at("optimizer", gradients=self._gradients_while_updating(), communication=self._lasting_bucket())
+        yield self._at("optimizer", **self._while_updating())
 
     def _towers(self, beside: "_Beside") -> StepMemory:
         """The worst moment of a forward and backward pass."""
@@ -132,15 +140,31 @@ class _Step:
             gathered=self._gathered(),
             gradients=int(beside.gradients[worst]),
             activations=int(activations[worst]),
-            features=2 * self._features() if self._is_two_pass else 0,
+            features=self._cached_features(),
             communication=int(beside.buckets[worst]),
         )
+
+    def _gathering(self) -> StepMemory:
+        """Stage 3 in a forward pass: a message of gathered parameters is held until the last of them has been copied out.
+
+        The worst is the last but one message, when the last one has arrived too.
+        """
+        gathered, message = self._gathered(), self._setting("stage3_prefetch_bucket_size")
+        message = min(message, gathered)
+        copied_out = (-(-gathered // message) - 1) * message if message else 0
+        place = int(self._timeline.num_forward * (copied_out / gathered if copied_out else 1.0)) - 1
+        held = int(self._timeline.fixed_bytes[place] + self._chunk * self._timeline.pair_bytes[place])
+        # gloo gathers in a copy of its own
+        messages = message * (2 if self._device == "cpu" and self._world_size > 1 else 1)
+        lasting = self._lasting_of_stage_3()
+        return self._at("towers", gathered=gathered + messages, activations=held, features=self._cached_features(), **lasting)
 
     def _at(self, moment: Moment, *, gathered: int = 0, **others: int) -> StepMemory:
         """With what is held at every moment."""
         stage, offload = self._train.zero_stage, self._train.offload_optimizer
         moments = 2 * (self._shard if stage else self._learning)
-        masters = self._shard if stage in (1, 2) or (stage and offload) else 0
+        # stage 3 would do without, but takes its own shards for those of another device, and copies them
+        masters = self._shard if stage else 0
         parameters = self._learning + self._frozen
         host = 0
         if stage == 3:
@@ -157,56 +181,60 @@ class _Step:
     def _passes(self) -> "Iterator[_Beside]":
         """What each kind of pass that a step has holds beside the towers' activations, moment by moment."""
         done = _FP32_BYTES * self._timeline.learned
-        none, shard = np.zeros_like(done), self._on_device(self._shard)
-        # what is reduced leaves the buckets for the shard, which is made when the first bucket is full
-        reduced = np.where(done > self._bucket, shard, 0)
-        buckets = self._two_buckets(done)
-        match self._train.zero_stage:
-            case 0:
-                yield _Beside(none + self._learning if self._is_two_pass else done, none)
-            case 1 if self._is_two_pass:
-                yield _Beside(none + self._learning, none + self._touched(2 * self._bucket, 0))
-                yield _Beside(self._learning - done + reduced, buckets)
-            case 2 if self._is_two_pass and self._reduces_once():
-                yield _Beside(none + self._learning, none)
-            case 2 if self._is_two_pass:
-                yield _Beside(shard + reduced, buckets)
-            case 3:
-                whole = self._learning if self._is_two_pass and self._reduces_once() else 0
-                # the bucket stays; once it is full it is copied to be scattered
-                copy = np.where(done > self._bucket, self._bucket, 0)
-                yield _Beside(none + shard + whole, copy + self._lasting_bucket())
-            case _:
-                yield _Beside(reduced, buckets)
-
-    def _two_buckets(self, done: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of stages 1 and 2, from the first gradient on: one is filled while the other one is reduced."""
-        return np.minimum(done, 2 * self._bucket) if self._device == "cpu" else np.where(done > 0, 2 * self._bucket, 0)
-
-    def _reduces_once(self) -> bool:
-        return self._train.zero_stage < 2 or self._train.reduce_gradients == "step"
+        none, whole = np.zeros_like(done), self._learning
+        stage, reduces_once = self._train.zero_stage, self._reduces_once()
+        if stage < 3 and reduces_once:
+            waiting = none + (self._touched(self._bucket, 0) if stage == 1 else 0)
+            yield _Beside(none + whole if self._is_two_pass else done, waiting)
+        elif stage == 2:
+            own, buckets = self._own_gradients, np.where(done > 0, self._touched(self._bucket, whole), 0)
+            # a full bucket is copied to be added up, and what is this rank's kept; those of the chunks before are there already
+            kept = np.where(done > self._bucket, own, 0) + (own if self._is_two_pass else 0)
+            copied = np.where(
+                done > 2 * self._bucket, self._bucket, np.where(done > self._bucket, max(self._bucket - own, 0), 0)
+            )
+            yield _Beside(kept, buckets + copied)
+        else:
+            lasting = self._lasting_of_stage_3()
+            held = lasting["gradients"] + (whole if self._is_two_pass and reduces_once else 0)
+            yield _Beside(none + held, lasting["communication"] + np.where(done > self._bucket, self._bucket, 0))
 
     def _while_reducing(self) -> dict[str, int]:
         """After the towers' last pass, when the last gradients are added up."""
-        shard, buckets = self._on_device(self._shard), self._touched(2 * self._bucket, self._learning)
-        match self._train.zero_stage:
-            case 0:
-                return {"gradients": self._learning, "communication": min(self._learning, _FP32_BYTES * _STAGE_0_BUCKET)}
-            case 3:
-                whole = self._learning if self._is_two_pass and self._reduces_once() else 0
-                return {"gradients": shard + whole, "communication": self._lasting_bucket() + min(self._learning, self._bucket)}
-            case 2 if self._is_two_pass and self._reduces_once():
-                left = self._learning - min(self._learning, self._bucket)
-                return {"gradients": max(self._learning, left + shard), "communication": buckets}
-            case stage:
-                return {"gradients": shard * (2 if stage == 2 and self._is_two_pass else 1), "communication": buckets}
+        stage, whole, own = self._train.zero_stage, self._learning, self._own_gradients
+        filled, bucket = min(self._bucket, whole), self._touched(self._bucket, whole)
+        features = self._cached_features()
+        if stage == 0:
+            return {"gradients": whole, "communication": min(whole, _FP32_BYTES * _STAGE_0_BUCKET), "features": features}
+        if stage == 3:
+            lasting = self._lasting_of_stage_3()
+            held = lasting["gradients"] + (whole if self._is_two_pass and self._reduces_once() else 0)
+            return {"gradients": held, "communication": lasting["communication"] + filled, "features": features}
+        if self._reduces_once():
+            # bucket by bucket, whole gradients make room for a copy of the bucket and then for what is kept
+            return {"gradients": whole + max(own - filled, 0), "communication": bucket, "features": features}
+        several = whole > filled
+        gradients = own * (2 if self._is_two_pass else 1)
+        communication = bucket + (filled if several else max(filled - own, 0))
+        return {"gradients": gradients, "communication": communication, "features": features}
 
-    def _gradients_while_updating(self) -> int:
-        # under ZeRO a flat copy is made of the shard's gradients
-        return 2 * self._on_device(self._shard) if self._train.zero_stage else self._learning
+    def _while_updating(self) -> dict[str, int]:
+        features, bucket = self._cached_features(), self._lasting_of_stage_3().get("communication", 0)
+        if self._train.zero_stage == 0:
+            return {"gradients": self._learning, "communication": 0, "features": features}
+        # a flat copy is made of the gradients of the shard
+        held = self._shard if self._train.zero_stage == 3 else self._own_gradients
+        return {"gradients": self._on_device(held + self._shard), "communication": bucket, "features": features}
 
-    def _lasting_bucket(self) -> int:
-        return self._touched(self._bucket, self._learning) if self._train.zero_stage == 3 else 0
+    def _reduces_once(self) -> bool:
+        """Whether whole gradients are kept until the last chunk."""
+        return self._train.zero_stage < 2 or (self._is_two_pass and self._train.reduce_gradients == "step")
+
+    def _lasting_of_stage_3(self) -> dict[str, int]:
+        """Its gradients and its bucket, which are never freed."""
+        if self._train.zero_stage < 3:
+            return {}
+        return {"gradients": self._on_device(self._shard), "communication": self._touched(self._bucket, self._learning)}
 
     def _touched(self, buffer: int, written: int) -> int:
         """A host gives memory to what is written alone."""
@@ -227,6 +255,10 @@ class _Step:
         # a device gets the next chunk while it works on one; the host holds all that the loader gave
         return a_pair * (self._share if self._device == "cpu" else min(2 * self._chunk, self._share))
 
+    def _cached_features(self) -> int:
+        """Of two passes, with their gradients."""
+        return 2 * self._features() if self._is_two_pass else 0
+
     def _features(self) -> int:
         """fp32 features of a share."""
         return _FP32_BYTES * self._share * (1 + self._views) * self._model.embed_dim
@@ -235,9 +267,10 @@ class _Step:
         """The loss, forward and backward: what the towers then hold, or the features of two passes."""
         last = self._timeline.num_forward - 1
         held = int(self._timeline.fixed_bytes[last] + self._chunk * self._timeline.pair_bytes[last])
-        if not self._is_two_pass:
-            return {"activations": held, "loss": self._loss_workspace(), "gathered": self._gathered()}
-        return {"features": 2 * self._features(), "loss": self._loss_workspace()}
+        lasting = self._lasting_of_stage_3()
+        if self._is_two_pass:
+            return {"features": self._cached_features(), "loss": self._loss_workspace(), **lasting}
+        return {"activations": held, "loss": self._loss_workspace(), "gathered": self._gathered(), **lasting}
 
     def _loss_workspace(self) -> int:
         images = self._share * self._model.embed_dim
@@ -250,8 +283,7 @@ class _Step:
         local += _TRITON_BYTES if is_triton else _PANELS_BYTES
         if self._world_size == 1:
             return local
-        is_ring = self._loss.schedule == "ring" or (self._loss.schedule == "auto" and self._world_size <= _MAX_RING_RANKS)
-        if is_ring:
+        if uses_ring(self._loss, self._world_size):
             return local + 2 * texts * (compute_bytes + _FP32_BYTES)
         gathered = min(_GATHERED_BYTES, self._world_size * texts * compute_bytes)
         return local + 2 * gathered * (compute_bytes + _FP32_BYTES) // compute_bytes
@@ -259,7 +291,7 @@ class _Step:
     def _setting(self, name: str) -> int:
         """Bytes of a setting that DeepSpeed has in elements."""
         own = self._train.deepspeed.get("zero_optimization", {})
-        return _FP32_BYTES * int(own.get(name, _DEEPSPEED_DEFAULTS[name]))
+        return _FP32_BYTES * int(own.get(name, _ZERO_SETTINGS[name]))
 
 
 class _Beside(NamedTuple):
@@ -268,3 +300,14 @@ class _Beside(NamedTuple):
     gradients: NDArray[np.int64]
     """Of parameters, outside of buckets."""
     buckets: NDArray[np.int64]
+
+
+def _own_gradients_bytes(learning: Sequence[int], world_size: int) -> int:
+    """fp32 gradients of a rank's shard under stages 1 and 2, which keep those of a parameter on a shard's border whole."""
+    ends = np.cumsum(np.array(learning, dtype=np.int64))
+    starts = ends - learning
+    shard = -(-int(ends[-1]) // world_size)
+    firsts = np.searchsorted(ends, np.arange(world_size) * shard, side="right")
+    lasts = np.searchsorted(starts, (np.arange(world_size) + 1) * shard, side="left") - 1
+    held = [int(ends[last] - starts[first]) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+    return _FP32_BYTES * max(held)

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints run on ranks of their own (tests/ranks.py)."""
+"""What the tests of checkpoints run on ranks of their own (scaleclip.local_ranks)."""
 
 import resource
 import time

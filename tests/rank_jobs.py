@@ -1,22 +1,31 @@
-"""What tests run on ranks of their own (tests/ranks.py). DeepSpeed bears one engine a process."""
+"""What tests run on ranks of their own (scaleclip.local_ranks). DeepSpeed bears one engine a process."""
 
 import itertools
 import math
+import os
 import resource
+import signal
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleclip import distributed
+from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config
-from scaleclip.engine import build_engine, clip_gradients
+from scaleclip.data.loader import Batch
+from scaleclip.engine import Engine, deepspeed
+from scaleclip.errors import Stopped
+from scaleclip.fit import choose_micro_batch
+from scaleclip.guard import BadSteps
 from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.optim import set_learning_rate
+from scaleclip.step import TrainStep
 from scaleclip.train import train
 from scaleclip_kernels import panels
 
@@ -25,15 +34,71 @@ def train_run(config_path: str, overrides: list[str]) -> str:
     return str(train(load_config(config_path, overrides)))
 
 
+def train_and_stop(config_path: str, overrides: list[str], last_step: int) -> str:
+    """A run that is asked to stop in step `last_step`."""
+    _in_step(last_step, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    return _error_of(config_path, overrides)
+
+
+def train_with_bad_steps(config_path: str, overrides: list[str], bad: list[int]) -> str:
+    """The error of a run in whose forward passes `bad`, counted from 1, a number of the last rank's image tower is none."""
+    world = distributed.init()
+    forward, calls = Engine.__call__, itertools.count(1)
+
+    def spoil(engine: Engine, pixels: torch.Tensor, *args: Any) -> Any:
+        features = forward(engine, pixels, *args)
+        if next(calls) in bad and world.rank == world.size - 1:
+            features = features._replace(image_BE=features.image_BE * torch.nan)
+        return features
+
+    Engine.__call__ = spoil
+    return _error_of(config_path, overrides)
+
+
+def train_with_a_hang(config_path: str, overrides: list[str], bad_rank: int) -> str:
+    """A run in which a rank never ends its fifth step."""
+
+    def hang_at_step_five() -> None:
+        time.sleep(600)
+
+    if distributed.init().rank == bad_rank:
+        _in_step(5, hang_at_step_five)
+    return _error_of(config_path, overrides)
+
+
+def train_in_little_memory(config_path: str, overrides: list[str]) -> str:
+    """The error of a run that may take 1 GiB of addresses beyond what is taken before it."""
+    distributed.init()
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, resource.RLIM_INFINITY))
+    return _error_of(config_path, overrides)
+
+
+def _in_step(number: int, act: Callable[[], None]) -> None:
+    """Have TrainStep `act` before its call `number`, counted from 1."""
+    take_step, calls = TrainStep.__call__, itertools.count(1)
+
+    def watched(*args: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return take_step(*args)
+
+    TrainStep.__call__ = watched
+
+
+def _error_of(config_path: str, overrides: list[str]) -> str:
+    try:
+        return str(train(load_config(config_path, overrides)))
+    except (Exception, Stopped) as caught:
+        return f"{type(caught).__name__}: {caught}"
+
+
 def train_on_a_full_disk(config_path: str, overrides: list[str], full_rank: int) -> str:
     """The error of a run in which one rank's files may not grow beyond 300 kB."""
     world = distributed.init()
     if world.rank == full_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-    try:
-        return str(train(load_config(config_path, overrides)))
-    except Exception as caught:
-        return f"{type(caught).__name__}: {caught}"
+    return _error_of(config_path, overrides)
 
 
 def train_with_a_failing_loss(config_path: str, overrides: list[str], bad_rank: int) -> str:
@@ -48,52 +113,55 @@ def train_with_a_failing_loss(config_path: str, overrides: list[str], bad_rank: 
             fold(*args)
 
         panels.fold_softmax = fail_at_step_three
-    try:
-        return str(train(load_config(config_path, overrides)))
-    except Exception as caught:
-        return f"{type(caught).__name__}: {caught}"
+    return _error_of(config_path, overrides)
 
 
-def make_batch(config: Any, step: int) -> tuple[torch.Tensor, ...]:
-    """A global batch of noise: pixels, tokens, ids, valid, seeds."""
+def make_chunks(config: RunConfig, step: int, rank: int, world_size: int, micro_batch: int) -> Iterator[Batch]:
+    """A rank's share of a global batch of noise, in chunks; slots past the batch's end are invalid."""
     random = torch.Generator().manual_seed(step)
-    size, length = config.train.global_batch, config.model.text.context_length
-    pixels = torch.randint(0, 256, (size, 3, config.model.image.size, config.model.image.size), generator=random)
-    tokens = torch.randint(1, 4000, (size, length), generator=random)
+    num_pairs, length, size = config.train.global_batch, config.model.text.context_length, config.model.image.size
+    pixels = torch.randint(0, 256, (num_pairs, 3, size, size), generator=random).to(torch.uint8)
+    tokens = torch.randint(1, 4000, (num_pairs, length), generator=random)
     tokens[:, length // 2 :] = config.model.text.config["eos_token_id"]
-    seeds = torch.arange(size)
-    return pixels.to(torch.uint8), tokens, torch.arange(size), torch.ones(size, dtype=torch.bool), seeds
+    share = -(-num_pairs // world_size)
+    for first in range(rank * share, (rank + 1) * share, micro_batch):
+        slots = torch.arange(first, min(first + micro_batch, (rank + 1) * share))
+        valid, pairs = slots < num_pairs, slots.clamp(max=num_pairs - 1)
+        keys = tuple(f"step{step}pair{pair}" for pair in pairs.tolist())
+        yield Batch(pixels[pairs], (tokens[pairs],), pairs, valid, pairs, keys, (), {}, {}, {}, 0.0)
 
 
-def run_steps(config_path: str, overrides: list[str], num_steps: int, lr: float) -> dict[str, Any]:
-    """Optimizer steps on noise under ZeRO; what a test wants to know of them."""
+def run_steps(config_path: str, overrides: list[str], num_steps: int, lr: float, bad_step: int | None = None) -> dict[str, Any]:
+    """Optimizer steps on noise under ZeRO, and what a test wants to know of them. In step `bad_step` a number of the last
+    rank's image tower is none."""
     config = load_config(config_path, overrides)
     world = distributed.init()
-    torch.manual_seed(0)
-    model = DualEncoder(config.model)
-    engine = build_engine(config, model, world)
-    share = config.train.global_batch // world.size
-    losses, norms, scales, masters = [], [], [], []
+
+    def spoil(module: torch.nn.Module, args: Any, pooled_BD: torch.Tensor) -> torch.Tensor:
+        return pooled_BD * torch.nan if world.rank == world.size - 1 else pooled_BD
+
+    engine = Engine(config, world)
+    micro_batch = choose_micro_batch(config, world)
+    take_step = TrainStep(engine, config, world, micro_batch)
+    found: dict[str, Any] = {name: [] for name in ("losses", "norms", "log_scales", "bad", "loss_scales", "steps_of_adam")}
     for step in range(num_steps):
-        mine = [part[world.rank * share : (world.rank + 1) * share] for part in make_batch(config, step)]
-        pixels, tokens, ids, valid, seeds = mine
-        set_learning_rate(engine.optimizer, lr)
-        features = engine(pixels, (tokens,), seeds)
-        loss = contrastive(features, ids, valid, config.loss)
-        engine.backward(loss)
-        norms.append(clip_gradients(engine, config.optim).item())
-        engine.step()
-        losses.append(loss.item())
-        scales.append(model.logit_scale.item())
-        master = safe_get_full_fp32_param(model.logit_scale) if config.train.zero_stage else model.logit_scale
-        masters.append(master.item())
-    return {
-        "losses": losses,
-        "norms": norms,
-        "log_scales": scales,
-        "master_log_scales": masters,
-        "parameters": {name: p.detach().clone() for name, p in model.named_parameters()},
-    }
+        spoiled = engine.model.image.register_forward_hook(spoil) if step == bad_step else None
+        result = take_step(make_chunks(config, step, world.rank, world.size, micro_batch), step, lr)
+        if spoiled:
+            spoiled.remove()
+        found["losses"].append(result.loss.item())
+        found["norms"].append(result.grad_norm.item())
+        found["bad"].append(result.bad.item())
+        found["loss_scales"].append(engine.loss_scale.item())
+        found["steps_of_adam"].append(engine.shard().scalars["adam_step"].item())
+        found["log_scales"].append(engine.parameters()["logit_scale"].item())
+    masters = {f.name: f.tensors["weight"].clone() for f in engine.shard().fragments}
+    return found | {"parameters": engine.parameters(), "master_log_scale": masters.get("logit_scale")}
+
+
+def run_steps_of_each(config_path: str, cases: list[list[str]], *args: Any) -> list[dict[str, Any]]:
+    """`run_steps` with each list of overrides, one engine after another: starting a process takes longer."""
+    return [run_steps(config_path, overrides, *args) for overrides in cases]
 
 
 class HostReads(TorchDispatchMode):
@@ -112,36 +180,39 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_host_reads(config_path: str, overrides: list[str]) -> dict[str, int]:
-    """Host reads in three steps after the first."""
-    panels.without_idle_mask = lambda side: side  # a look at the mask that only the CPU takes: this CPU stands for a GPU
-    config = load_config(config_path, overrides)
-    world = distributed.init()
-    model = DualEncoder(config.model)
-    engine = build_engine(config, model, world)
-    share = config.train.global_batch // world.size
+def count_host_reads(config_path: str, cases: list[list[str]]) -> list[dict[str, int]]:
+    """Host reads in three steps after the first three, for each list of overrides: stage 3 has to learn the order of modules."""
+    # what reads from tensors that are the host's on a GPU too: this CPU stands for a GPU
+    panels.without_idle_mask = lambda side: side
+    deepspeed.runtime.zero.stage3.is_invalid_grad_norm = lambda norm: False
     reads = HostReads()
-    for step in range(4):
-        pixels, tokens, ids, valid, seeds = (part[:share] for part in make_batch(config, step))
-        set_learning_rate(engine.optimizer, 1e-3)
-        with reads:
-            features = engine(pixels, (tokens,), seeds)
-            loss = contrastive(features, ids, valid, config.loss)
-            engine.backward(loss)
-            clip_gradients(engine, config.optim)
-            engine.step()
-        if step == 0:
-            reads.seen.clear()
-    return dict(reads.seen)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    accelerator.synchronize = lambda device_index=None: reads.seen.update(["synchronize"])
+    world = distributed.init()
+    counts = []
+    for overrides in cases:
+        config = load_config(config_path, overrides)
+        # stage 3 has streams that a CPU has not
+        accelerator.resolves_data_dependency = lambda stage=config.train.zero_stage: stage == 3
+        micro_batch = choose_micro_batch(config, world)
+        take_step, bad_steps = TrainStep(Engine(config, world), config, world, micro_batch), BadSteps(5)
+        for step in range(6):
+            chunks = make_chunks(config, step, world.rank, world.size, micro_batch)
+            with reads:
+                result = take_step(chunks, step, 1e-3)
+                bad_steps.note(step, result.bad, ())
+            if step == 2:
+                reads.seen.clear()
+        counts.append(dict(reads.seen))
+    return counts
 
 
 def compare_bf16(config_path: str) -> dict[str, Any]:
     """One step's gradients in fp32, under autocast and under DeepSpeed's bf16 mode, and how each sees a logit scale of 98.5."""
-    import deepspeed
-
     config = load_config(config_path, ["train.precision=fp32", "train.zero_stage=0"])
     distributed.init()
-    pixels, tokens, ids, valid, seeds = make_batch(config, 0)
+    [chunk] = make_chunks(config, 0, 0, 1, config.train.global_batch)
+    pixels, [tokens], ids, valid = chunk[:4]
 
     def build() -> DualEncoder:
         torch.manual_seed(0)
@@ -151,7 +222,7 @@ def compare_bf16(config_path: str) -> dict[str, Any]:
 
     def gradients(model: DualEncoder, autocast: bool) -> tuple[dict[str, torch.Tensor], float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            features = model(pixels, (tokens,), seeds)
+            features = model(pixels, (tokens,))
         contrastive(features, ids, valid, config.loss).backward()
         return {name: p.grad.float() for name, p in model.named_parameters()}, features.logit_scale.item()
 

@@ -1,54 +1,89 @@
-"""DeepSpeed engines on gloo ranks: equal steps for every number of ranks and stage, the clamp, no host reads."""
+"""Engine on gloo ranks: the clamp, steps that are left out, half precision, no host reads. That layouts agree is
+tests/test_equivalence.py's."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from rank_jobs import agree, compare_bf16, count_host_reads, run_steps
-from ranks import run_ranks
-from scaleclip.config import OptimConfig, TrainConfig
-from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.optim import parameter_groups
-from scaleclip.schedule import learning_rate
+from rank_jobs import agree, compare_bf16, count_host_reads, run_steps_of_each
+from scaleclip.config_io import load_config
+from scaleclip.engine import deepspeed_config
+from scaleclip.errors import ConfigError
+from scaleclip.local_ranks import run_ranks
 
 
-@pytest.fixture(scope="module")
-def one_process(tiny_config_path):
-    return run_ranks(run_steps, 1, tiny_config_path, ["train.zero_stage=0", "optim.clip_norm=0.5"], 4, 1e-3)[0]
+def stages(*numbers: int) -> list[list[str]]:
+    return [[f"train.zero_stage={number}"] for number in numbers]
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 0), (2, 1), pytest.param(4, 1, marks=pytest.mark.slow)])
-def test_ranks_and_stages_take_the_same_steps(tiny_config_path, one_process, world_size, stage):
-    """Losses, gradient norms (clipped steps included) and parameters of four steps against one process at stage 0."""
-    results = run_ranks(run_steps, world_size, tiny_config_path, [f"train.zero_stage={stage}", "optim.clip_norm=0.5"], 4, 1e-3)
-    assert max(one_process["norms"]) > 0.5, "the clip is at work"
-    for result in results:
-        assert result["losses"] == pytest.approx(one_process["losses"], rel=2e-6)
-        assert result["norms"] == pytest.approx(one_process["norms"], rel=2e-5)
-        for name, expected in one_process["parameters"].items():
-            # AdamW's first steps are lr * sign(gradient) where a gradient is nothing but rounding (key biases)
-            if not name.endswith("k_proj.bias"):
-                torch.testing.assert_close(
-                    result["parameters"][name], expected, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-                )
-
-
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2)])
-def test_the_logit_scale_stays_clamped(tiny_config_path, stage, world_size):
+def test_the_logit_scale_stays_clamped(tiny_config_path):
     """The parameter and the fp32 master that the next step starts from, under a learning rate that throws them far."""
-    overrides = [f"train.zero_stage={stage}", "model.init_logit_scale=5", "model.max_logit_scale=20", "optim.clip_norm=0"]
-    for result in run_ranks(run_steps, world_size, tiny_config_path, overrides, 4, 5.0):
-        assert result["master_log_scales"] == result["log_scales"]
-        at_a_bound = [
-            any(math.isclose(scale, bound, abs_tol=1e-6) for bound in (0, math.log(20))) for scale in result["log_scales"]
-        ]
-        assert all(at_a_bound), "a step of 5 ends on a bound"
+    more = ["model.init_logit_scale=5", "model.max_logit_scale=20", "optim.clip_norm=0"]
+    ranks = run_ranks(run_steps_of_each, 2, tiny_config_path, [[*stage, *more] for stage in stages(0, 1, 3)], 4, 5.0)
+    for results in zip(*ranks, strict=True):
+        masters = [result["master_log_scale"] for result in results if result["master_log_scale"] is not None]
+        assert masters
+        assert all(master.tolist() == [results[0]["log_scales"][-1]] for master in masters)
+        for scale in results[0]["log_scales"]:
+            assert any(math.isclose(scale, bound, abs_tol=1e-6) for bound in (0, math.log(20))), "a step of 5 ends on a bound"
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_step_reads_nothing_from_the_device(tiny_config_path, stage):
-    assert run_ranks(count_host_reads, 1, tiny_config_path, [f"train.zero_stage={stage}"])[0] == {}
+def test_a_step_reads_nothing_from_the_device(tiny_config_path):
+    ways = ([], ["train.micro_batch=3"], ["train.precision=fp16"])
+    cases = [[*stage, *way] for stage, way in itertools.product(stages(0, 1, 2, 3), ways)]
+    [counts] = run_ranks(count_host_reads, 1, tiny_config_path, cases)
+    assert counts == [{}] * len(cases)
+
+
+OFTEN = [*stages(0, 1), [*stages(2)[0], "train.micro_batch=2"], [*stages(3)[0], "train.micro_batch=2"]]
+SELDOM = [
+    ["train.zero_stage=1", "train.offload_optimizer=true", "train.micro_batch=2"],
+    ["train.zero_stage=2", "train.reduce_gradients=step", "train.micro_batch=2"],
+    ["train.zero_stage=2", "train.offload_optimizer=true"],
+    ["train.zero_stage=3", "train.offload_optimizer=true", "train.offload_parameters=true"],
+]
+
+
+@pytest.mark.parametrize("cases", [pytest.param(OFTEN, id="stages"), pytest.param(SELDOM, id="more", marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_all(tiny_config_path, cases):
+    """Parameters stay, AdamW does not count it, and the next step is one."""
+    cases = [[*case, "optim.clip_norm=0.5"] for case in cases]
+    for results in zip(*run_ranks(run_steps_of_each, 2, tiny_config_path, cases, 3, 1e-3, 1), strict=True):
+        for result in results:
+            assert result["bad"] == [False, True, False]
+            assert result["steps_of_adam"] == [1, 1, 2]
+            assert math.isnan(result["losses"][1])
+            assert math.isfinite(result["losses"][2])
+            assert result["losses"][2] == results[0]["losses"][2]
+            assert result["log_scales"][0] == result["log_scales"][1] != result["log_scales"][2]
+            assert all(torch.isfinite(parameter).all() for parameter in result["parameters"].values())
+
+
+def test_fp16_finds_a_loss_scale_that_fits(tiny_config_path):
+    """Overflows lower the scale and are no bad steps."""
+    more = ["train.precision=fp16", "optim.clip_norm=0.5", "model.init_logit_scale=100"]
+    [results] = run_ranks(run_steps_of_each, 1, tiny_config_path, [[*stage, *more] for stage in stages(0, 3)], 8, 1e-3)
+    for result in results:
+        assert result["bad"] == [False] * 8
+        scales = [2.0**16, *result["loss_scales"]]
+        overflows = [after == before / 2 for before, after in itertools.pairwise(scales)]
+        assert 0 < sum(overflows) < 8
+        assert result["steps_of_adam"][-1] == 8 - sum(overflows)
+        assert [not math.isfinite(norm) for norm in result["norms"]] == overflows
+
+
+def test_bf16_steps_are_bf16_and_follow_fp32(tiny_config_path):
+    """The engine's own autocast: losses near fp32's and not equal, the logit scale's master in fp32."""
+    more = ["optim.clip_norm=0.5", "train.precision=bf16"]
+    cases = [["train.zero_stage=0", "optim.clip_norm=0.5"], *([*stage, *more] for stage in stages(0, 1, 3))]
+    [(truth, *results)] = run_ranks(run_steps_of_each, 1, tiny_config_path, cases, 4, 1e-3)
+    for result in results:
+        assert result["losses"] != truth["losses"]
+        assert result["losses"] == pytest.approx(truth["losses"], rel=2e-2)
+        assert {p.dtype for p in result["parameters"].values()} == {torch.float32}
+        assert result["log_scales"] == pytest.approx(truth["log_scales"], abs=1e-3)
 
 
 def test_autocast_keeps_the_logit_scale_and_is_no_less_exact_than_deepspeeds_bf16(tiny_config_path):
@@ -58,43 +93,26 @@ def test_autocast_keeps_the_logit_scale_and_is_no_less_exact_than_deepspeeds_bf1
     assert result["autocast_error"] < result["bf16_error"]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_bf16_steps_are_bf16_and_follow_fp32(tiny_config_path, one_process, stage):
-    """The engine's own autocast: losses near fp32's and not equal, the logit scale's master in fp32."""
-    overrides = [f"train.zero_stage={stage}", "optim.clip_norm=0.5", "train.precision=bf16"]
-    result = run_ranks(run_steps, 1, tiny_config_path, overrides, 4, 1e-3)[0]
-    assert result["losses"] != one_process["losses"]
-    assert result["losses"] == pytest.approx(one_process["losses"], rel=2e-2)
-    assert {p.dtype for p in result["parameters"].values()} == {torch.float32}
-    assert result["log_scales"] == pytest.approx(one_process["log_scales"], abs=1e-3)
-
-
 def test_an_error_on_one_rank_is_an_error_on_all():
     assert run_ranks(agree, 2, 1) == ["RunError: rank 1 failed: ValueError: broken here", "ValueError: broken here"]
     assert run_ranks(agree, 2, None) == ["True [0, 1] 2"] * 2
 
 
-def test_what_decays():
-    from scaleclip.config_io import load_config
-
-    model = DualEncoder(load_config("configs/demo.yaml", ["model=tiny"]).model)
-    groups = {group["name"]: group for group in parameter_groups(model, 0.3)}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    grouped = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
-    assert set().union(*grouped.values()) == set(names.values())
-    assert sum(map(len, grouped.values())) == len(names)
-    assert grouped["logit_scale"] == {"logit_scale"}
-    assert groups["decay"]["weight_decay"] == 0.3
-    assert groups["no_decay"]["weight_decay"] == groups["logit_scale"]["weight_decay"] == 0
-    assert all("bias" not in name and "norm" not in name for name in grouped["decay"])
-    assert "image_projection.weight" in grouped["decay"]
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    optim, train = OptimConfig(lr=2.0, final_lr=0.2, warmup_samples=40), TrainConfig(global_batch=10, samples=240)
-    rates = [learning_rate(step, optim, train) for step in range(train.steps + 1)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates[14] == pytest.approx(1.1)
-    assert rates[24] == pytest.approx(0.2)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert TrainConfig(global_batch=10, samples=241).steps == 25
+def test_deepspeeds_settings_can_be_set_but_for_what_other_keys_decide(tiny_config_path):
+    settings = (
+        "train.deepspeed={zero_optimization: {overlap_comm: true, stage3_prefetch_bucket_size: 7}, wall_clock_breakdown: true}"
+    )
+    found = deepspeed_config(load_config(tiny_config_path, [settings]), 2)
+    assert found["zero_optimization"]["overlap_comm"] is True
+    assert found["zero_optimization"]["stage"] == 1
+    assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
+    assert found["wall_clock_breakdown"] is True
+    for setting, key in (
+        ("{gradient_clipping: 1.0}", "train.deepspeed.gradient_clipping=1.0 is decided by optim.clip_norm: set that"),
+        (
+            "{zero_optimization: {stage: 3}}",
+            "train.deepspeed.zero_optimization.stage=3 is decided by train.zero_stage: set that",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            deepspeed_config(load_config(tiny_config_path, [f"train.deepspeed={setting}"]), 2)

@@ -2,17 +2,30 @@
 
 import json
 import os
+import random
 import resource
+import shutil
 import signal
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from helpers import make_sample, write_tar
-from rank_jobs import train_on_a_full_disk, train_run, train_with_a_failing_loss
-from ranks import run_ranks
+from rank_jobs import (
+    train_and_stop,
+    train_in_little_memory,
+    train_on_a_full_disk,
+    train_run,
+    train_with_a_failing_loss,
+    train_with_a_hang,
+    train_with_bad_steps,
+)
 from runs import exact, figures, finish, rows, run, signal_when, start, wait_until
-from scaleclip import checkpoint
+from scaleclip.checkpoint.folders import newest, saved
+from scaleclip.checkpoint.state import read_state
+from scaleclip.local_ranks import run_ranks
 from scaleclip.run_folder import read_config
 
 SPLITS = "eval.splits=package:scaleclip/data/demo/eval/unseen_clipart.json"
@@ -36,9 +49,7 @@ def test_a_run_learns_and_leaves_its_folder(undisturbed):
     losses = [row["loss"] for row in rows(undisturbed)]
     assert [row["step"] for row in rows(undisturbed)] == list(range(1, 13))
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.1
-    assert [path.name for path in checkpoint.saved(undisturbed)] == ["step_00000008", "step_00000012"], (
-        "the newest two are kept"
-    )
+    assert [path.name for path in saved(undisturbed)] == ["step_00000008", "step_00000012"], "the newest two are kept"
     assert (undisturbed / "checkpoints" / "latest").read_text() == "step_00000012"
     assert read_config(undisturbed).run.folder == str(undisturbed)
     provenance = json.loads((undisturbed / "provenance.json").read_text())["starts"]
@@ -74,12 +85,47 @@ def test_a_run_with_loader_processes_and_a_damaged_checkpoint_goes_on_from_the_o
 ):
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS, "data.workers=2")
     signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 10, signal.SIGKILL)
-    newest = checkpoint.saved(tmp_path)[-1]
-    weights = newest / "mp_rank_00_model_states.pt"
+    damaged = saved(tmp_path)[-1]
+    weights = damaged / "rank_00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000] + b"\0" * 1000)
     output = run(*arguments)
-    assert f"{newest.name} is damaged (mp_rank_00_model_states.pt has changed)" in " ".join(output.split())
+    assert f"{damaged.name} is damaged (rank_00000.safetensors has changed)" in " ".join(output.split())
     assert_same_run(tmp_path, undisturbed)
+
+
+def has_started_since(folder: Path, moment_s: float) -> bool:
+    path = folder / "provenance.json"
+    return path.exists() and path.stat().st_mtime > moment_s
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_killed_at_thirty_moments_in_changing_layouts_ends_like_a_whole_one(tiny_config_path, undisturbed, tmp_path):
+    """Saves, mirrors and conversions included; no more is lost than the steps since the last save."""
+    random_moment = random.Random(0)
+    folder, kills = tmp_path / "run", 0
+    while True:
+        ranks, stage = random_moment.choice([(1, 0), (1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
+        before = newest(folder)
+        process = start(
+            "train", tiny_config_path, f"run.folder={folder}", SPLITS, f"train.zero_stage={stage}", "--ranks", ranks,
+            f"checkpoint.mirror={tmp_path}/mirror", "checkpoint.every_steps=1", process_group=0,
+        )  # fmt: skip
+        if kills == 30:
+            code, output = finish(process)
+            assert code == 0, output
+            break
+        # most of a start is imports: moments from there on
+        wait_until(partial(has_started_since, folder, time.time()), process)
+        time.sleep(random_moment.uniform(0, 3))
+        os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+        kills += 1
+        after = newest(folder)
+        assert before is None or (after is not None and after.name >= before.name)
+        if after is not None and read_state(after).step == 12:
+            shutil.rmtree(folder)  # from the mirror, or from nothing
+    assert_same_curve(folder, undisturbed)
 
 
 def children(pid: int) -> list[int]:
@@ -122,7 +168,7 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(tiny_config_path, tmp
 def test_without_a_whole_checkpoint_a_run_refuses_to_start_over(tiny_config_path, tmp_path):
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}")
     signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
-    for path in checkpoint.saved(tmp_path):
+    for path in saved(tmp_path):
         (path / "state.json").unlink()
     code, output = finish(start(*arguments))
     assert code == 1
@@ -139,20 +185,17 @@ def test_a_signal_stops_at_a_step_boundary_and_loses_nothing(tiny_config_path, u
     assert code == 128 + number
     done = len(rows(tmp_path))
     assert f"stopped by {number.name} after step {done}, which is saved" in output
-    assert checkpoint.read_state(checkpoint.saved(tmp_path)[-1]).step == done
+    assert read_state(saved(tmp_path)[-1]).step == done
     run(*arguments)
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_give_the_same_loss_curve(tiny_config_path, undisturbed, tmp_path, world_size):
     """8 pairs over 3 ranks leave an invalid slot on the last one."""
     run_ranks(train_run, world_size, tiny_config_path, [f"run.folder={tmp_path}", SPLITS])
-    for row, expected in zip(rows(tmp_path), rows(undisturbed), strict=True):
-        assert row["world_size"] == world_size
-        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
-        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        assert row["samples"] == expected["samples"]
+    assert {row["world_size"] for row in rows(tmp_path)} == {world_size}
+    assert_same_curve(tmp_path, undisturbed)
 
 
 def test_two_views_of_a_mixture_train_and_their_mix_is_logged(tiny_config, shards, tmp_path):
@@ -171,13 +214,42 @@ def test_two_views_of_a_mixture_train_and_their_mix_is_logged(tiny_config, shard
         assert row["lost_workers"] == 0
 
 
-@pytest.mark.slow
-def test_a_sharded_optimizer_needs_its_number_of_ranks(tiny_config_path, tmp_path):
-    arguments = ("train", tiny_config_path, f"run.folder={tmp_path}")
-    signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
-    code, output = finish(start(*arguments, "--ranks", "2"))
-    assert code != 0
-    assert "was saved by 1 ranks with train.zero_stage=1, this start has 2" in output
+def assert_same_curve(folder: Path, undisturbed: Path) -> None:
+    """Losses and gradient norms to float order."""
+    for row, expected in zip(rows(folder), rows(undisturbed), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert row["samples"] == expected["samples"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    [(1, 1), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 3), (3, 3), (4, 3), (3, 2), (2, 0)))],
+)
+def test_a_run_saved_by_two_ranks_under_stage_3_goes_on_in_another_layout(
+    tiny_config_path, undisturbed, saved_by_two, tmp_path, world_size, stage
+):
+    shutil.copytree(saved_by_two, tmp_path, dirs_exist_ok=True)
+    run_ranks(train_run, world_size, tiny_config_path, [f"run.folder={tmp_path}", SPLITS, f"train.zero_stage={stage}"])
+    assert [row["world_size"] for row in rows(tmp_path)] == [2] * 4 + [world_size] * 8
+    assert_same_curve(tmp_path, undisturbed)
+
+
+def test_a_run_saved_under_stage_3_goes_on_bit_for_bit_in_the_same_layout(tiny_config_path, saved_by_two, tmp_path):
+    overrides = [SPLITS, "train.zero_stage=3", "train.micro_batch=2"]
+    shutil.copytree(saved_by_two, tmp_path / "halves")
+    for name in ("halves", "whole"):
+        run_ranks(train_run, 2, tiny_config_path, [f"run.folder={tmp_path / name}", *overrides])
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
+
+
+@pytest.fixture(scope="session")
+def saved_by_two(tiny_config_path, tmp_path_factory) -> Path:
+    """A run whose two ranks under stage 3, in two chunks each, were stopped after step 4."""
+    folder = tmp_path_factory.mktemp("saved_by_two") / "run"
+    run_ranks(train_and_stop, 2, tiny_config_path, [f"run.folder={folder}", "train.zero_stage=3", "train.micro_batch=2"], 4)
+    assert [path.name for path in saved(folder)] == ["step_00000004"]
+    return folder
 
 
 @pytest.mark.slow
@@ -227,7 +299,7 @@ def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, 
     """Files may not grow beyond 300 kB: metrics can be written, checkpoints cannot."""
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
     code, _ = signal_when(start(*arguments), lambda: len(rows(tmp_path)) >= 5, signal.SIGKILL)
-    intact = checkpoint.newest(tmp_path)
+    intact = newest(tmp_path)
     assert intact is not None
 
     def limit():
@@ -237,7 +309,7 @@ def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, 
     assert code == 1
     assert "free some disk and start again: the run goes on from step_00000004, which is whole" in output
     assert "Traceback" not in output
-    assert checkpoint.newest(tmp_path) == intact
+    assert newest(tmp_path) == intact
     run(*arguments)
     assert_same_run(tmp_path, undisturbed)
 
@@ -260,16 +332,6 @@ def test_a_full_disk_on_one_rank_ends_all_with_its_message(tiny_config_path, tmp
     assert not list((tmp_path / "checkpoints").glob("*step_*"))
 
 
-@pytest.mark.slow
-def test_an_unsharded_run_goes_on_with_another_number_of_ranks(tiny_config_path, undisturbed, tmp_path):
-    overrides = [f"run.folder={tmp_path}", SPLITS, "train.zero_stage=0"]
-    signal_when(start("train", tiny_config_path, *overrides), lambda: len(rows(tmp_path)) >= 6, signal.SIGKILL)
-    run_ranks(train_run, 2, tiny_config_path, overrides)
-    assert {row["world_size"] for row in rows(tmp_path)} == {1, 2}
-    for row, expected in zip(rows(tmp_path), rows(undisturbed), strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
-
-
 def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limit(tiny_config, shards, tmp_path):
     write_tar(shards / "00001.tar", [make_sample(i, jpg=b"\xff\xd8\xffno") for i in range(9, 13)])
     folder = tmp_path / "run"
@@ -286,12 +348,63 @@ def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limi
     }
 
 
+GUARDED = ["guard.max_bad_steps=3", "optim.clip_norm=0.5", "loss.duplicates=negative"]
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_steps_in_a_row_send_the_run_back_and_their_batches_are_left_out(tiny_config, tmp_path, world_size):
+    """Steps 6 to 8 fail: back to 4, on with batch 8 as step 5."""
+    run_ranks(train_with_bad_steps, world_size, str(tiny_config), GUARDED, [6, 7, 8])
+    folder = tmp_path / "run"
+    assert [row["step"] for row in rows(folder)] == list(range(1, 13))
+    assert [row["bad_steps"] for row in rows(folder)] == [0] * 4 + [3] * 8
+    assert all(row["loss"] is not None for row in rows(folder))
+    state = read_state(newest(folder))
+    assert (state.step, state.batches_left_out, state.bad_steps, state.samples) == (12, 4, 3, 96)
+    bad = [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in bad] == [6, 7, 8]
+    assert all(len(row["keys"]) == 8 for row in bad)
+    # the fourth epoch of 32 samples begins with the batch that became step 9
+    assert len({key for row in bad for key in row["keys"]}) == 24
+
+
+def test_a_bad_step_alone_is_left_out_and_recorded(tiny_config, tmp_path):
+    run_ranks(train_with_bad_steps, 1, str(tiny_config), GUARDED, [2, 6, 7])
+    folder = tmp_path / "run"
+    assert [row["step"] for row in rows(folder) if row["loss"] is None] == [2, 6, 7]
+    assert [row["bad_steps"] for row in rows(folder)] == [0] + [1] * 4 + [2] + [3] * 6
+    assert read_state(newest(folder)).batches_left_out == 0
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny_config, tmp_path):
-    code, output = finish(start("train", tiny_config, "optim.lr=1e30", "optim.warmup_samples=0", "optim.clip_norm=0"))
-    assert code == 1
-    assert "checkpoints are from before. Start another run.folder" in output
-    assert all(checkpoint.read_state(path).step < 4 for path in checkpoint.saved(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [([6, 7, 8, 9, 10, 11], "again after going back and leaving them out"), ([1, 2, 3], "and no checkpoint to go back to")],
+)
+def test_a_run_that_keeps_failing_ends_with_a_report(tiny_config, bad, message):
+    [error] = run_ranks(train_with_bad_steps, 1, str(tiny_config), GUARDED, bad)
+    assert error.startswith("RunError: the loss or its gradients were not finite in 3 steps in a row, up to step ")
+    assert message in error
+    assert "bad_steps.jsonl" in error
+
+
+def test_a_hanging_rank_ends_all_within_the_time_out_with_their_stacks(tiny_config, tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"failed on ranks \[0, 1\]"):
+        run_ranks(train_with_a_hang, 2, str(tiny_config), ["guard.hang_timeout_s=10"], 1, grace_s=8)
+    stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "log").rglob("*.stacks")}
+    assert set(stacks) == {"0.stacks", "1.stacks"}
+    assert "in hang_at_step_five" in stacks["1.stacks"]
+    assert "in take_step" in stacks["0.stacks"] or "step.py" in stacks["0.stacks"]
+    assert time.monotonic() - begin < 120
+
+
+def test_full_memory_is_said_with_settings_that_fit(tiny_config):
+    overrides = ["train.global_batch=8192", "train.samples=16384", "train.micro_batch=8192", "optim.warmup_samples=0"]
+    [error] = run_ranks(train_in_little_memory, 1, str(tiny_config), overrides)
+    assert error.startswith("RunError: out of memory on rank 0 (cpu, ")
+    assert "with 8,192 pairs at once, which take an estimated " in error
+    assert "by estimate these fit: train.micro_batch=" in error
 
 
 @pytest.mark.slow

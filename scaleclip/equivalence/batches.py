@@ -20,10 +20,10 @@ def global_batch(config: RunConfig, model: DualEncoder, step: int) -> Batch:
     """
     random = torch.Generator().manual_seed(config.run.seed + step)
     size, pixels = config.train.global_batch, config.model.image.size
-    valid_B, ids_B = torch.ones(size, dtype=torch.bool), torch.arange(1, size + 1)
+    valid_B, ids_B = torch.ones(size, dtype=torch.bool), torch.arange(size)
     valid_B[[size // 3, size - 2]] = size < 8
-    ids_B[[size // 4, size - 1]] = ids_B[0]
-    ids_B[size // 2] = ids_B[1]
+    ids_B[[0, size // 4, size - 1]] = 0
+    ids_B[size // 2] = min(1, size - 1)
     pixels_BCHW = torch.randint(0, 256, (size, 3, pixels, pixels), generator=random).to(torch.uint8)
     return Batch(
         pixels_BCHW * valid_B[:, None, None, None],

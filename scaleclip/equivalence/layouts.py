@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from scaleclip.config import RunConfig
 from scaleclip import distributed
+from scaleclip.config import RunConfig
 from scaleclip.distributed import World
 from scaleclip.engine import Engine, StepOutcome
 from scaleclip.equivalence.batches import global_batch, share_chunks
@@ -16,6 +16,8 @@ from scaleclip.step import TrainStep
 
 Schedule = Literal["ring", "gather"]
 Stage = Literal[0, 1, 2, 3]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Layout(NamedTuple):

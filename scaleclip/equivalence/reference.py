@@ -46,7 +46,7 @@ def reference_steps(config: RunConfig, num_steps: int, world_size: int, micro_ba
         chunks = [chunk for rank in range(world_size) for chunk in share_chunks(batch, rank, world_size, micro_batch)]
         loss = _loss(model, config, chunks, step)
         adamw.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         losses.append(loss.item())
         gradients.append({name: parameter.grad.clone() for name, parameter in learning.items() if parameter.grad is not None})
         if config.optim.clip_norm:

@@ -23,6 +23,11 @@ _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _MOST_EMBED_DIM, _MOST_TOKENS, _MOST_UNLOCKED_GROUPS = 32, 12, 3
 _MOST_PIXELS, _MOST_PATCH_PIXELS, _MOST_PATCHES = 64, 8, 4  # a side
 _GLOBAL_BATCH = 23  # a prime: no number of ranks and no micro batch divides it
+# elements; at DeepSpeed's own sizes all of a small model would lie in one bucket, and stage 3 would shard none of it
+_DEEPSPEED_SIZES = {
+    "reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2_000,
+    "stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 5_000,
+}  # fmt: skip
 
 
 class Shrunk(NamedTuple):
@@ -37,7 +42,8 @@ def shrink(config: RunConfig) -> Shrunk:
     """The small configuration, in fp32 and on a CPU.
 
     Kept: kinds of towers, pooling, dropout, patch dropout, locking, activation checkpointing, text views, loss, duplicates,
-    optimizer, learning rates and ZeRO's settings. A tower of a kind whose sizes are not known here stays as large as it is.
+    optimizer, learning rates and ZeRO's settings but for the sizes of its buckets. A tower of a kind whose sizes are not
+    known here stays as large as it is.
 
     Raises:
         ConfigError: a tower cannot be built as configured.
@@ -52,12 +58,18 @@ def shrink(config: RunConfig) -> Shrunk:
             "image": _smaller(fresh.image, whole.image.body.config, _shrink_image, build_image_tower),
             "text": _smaller(fresh.text, whole.text.body.config, _shrink_text, build_text_tower),
         }
+    zero = dict(train.deepspeed.get("zero_optimization", {}))
     small = config.model_copy(
         update={
             "model": model.model_copy(update=towers | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
             "loss": loss.model_copy(update={"compute_dtype": "fp32", "fp32_precision": "ieee", "backend": "panels"}),
             "train": train.model_copy(
-                update={"global_batch": min(train.global_batch, _GLOBAL_BATCH), "precision": "fp32", "compile": False}
+                update={
+                    "global_batch": min(train.global_batch, _GLOBAL_BATCH),
+                    "precision": "fp32",
+                    "compile": False,
+                    "deepspeed": {**train.deepspeed, "zero_optimization": zero | _DEEPSPEED_SIZES},
+                }
             ),
         }
     )
@@ -118,4 +130,3 @@ def _small_sizes(values: Any) -> dict[str, Any]:
         elif isinstance(value, list):
             sizes[name] = [min(each, most) for each in value]
     return sizes
-

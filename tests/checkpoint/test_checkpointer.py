@@ -10,7 +10,6 @@ import torch
 
 from checkpoint_rank_jobs import Found, exercise, load, save_on_a_full_disk
 from fake_shards import LAYOUTS, assert_equal, blank, make_whole, write_step
-from ranks import run_ranks
 from scaleclip.checkpoint import checkpointer as module
 from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.folders import damage, newest, saved
@@ -19,6 +18,7 @@ from scaleclip.checkpoint.shard import Fragment, Shard
 from scaleclip.checkpoint.state import TrainState, read_state
 from scaleclip.config import CheckpointConfig
 from scaleclip.errors import RunError
+from scaleclip.local_ranks import run_ranks
 
 MIB = 1 << 20
 

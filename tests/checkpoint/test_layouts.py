@@ -1,5 +1,6 @@
 """A state saved in any layout is loaded in any other, without ranks: each rank's part is written and read in turn."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from fake_shards import FROZEN, LAYOUTS, SHAPES, assert_equal, blank, make_whole, scalars_of
-from scaleclip.checkpoint import loading
+from scaleclip.checkpoint import loading, snapshot
+from scaleclip.checkpoint.background import begin
 from scaleclip.checkpoint.folders import newest, partial, publish, write_durable
 from scaleclip.checkpoint.rank_file import rank_file, read_pieces
 from scaleclip.checkpoint.shard import Shard, share
@@ -64,6 +66,16 @@ def test_every_element_is_saved_once_and_by_all_ranks_alike(tmp_path, layout):
     assert sum(sizes) == whole
     # a locked parameter's elements weigh less, and small parameters do not divide
     assert max(sizes) <= whole / 3 + 40
+
+
+def test_the_buffer_is_made_ready_before_anything_is_copied_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "begin", lambda work: begin(lambda: (time.sleep(0.3), work())))
+    fragments = LAYOUTS["replicated"](WHOLE, 0, 1).fragments
+    slow = Snapshot(fragments, torch.device("cpu"))
+    slow.take(fragments)
+    time.sleep(0.4)
+    write_durable(tmp_path / "file", slow.blocks())
+    assert torch.equal(load_file(tmp_path / "file")["conv[0:54].weight"], WHOLE["conv"]["weight"].flatten())
 
 
 def test_the_files_are_safetensors(tmp_path):

@@ -87,6 +87,38 @@ def test_what_is_damaged_or_not_whole_there_is_passed_over(open_run, mirror, cap
     assert "step_00000004 is damaged (it has no checksums.json)" in caplog.text
     assert "step_00000003 is damaged (rank_00000.safetensors has changed)" in caplog.text
     assert "step_00000002 is damaged (" in caplog.text
+    assert not list((run.folder / "checkpoints").glob(".*"))
+
+
+def test_a_transfer_that_fails_is_tried_again(open_run, mirror, monkeypatch):
+    run = open_run(mirror=str(mirror))
+    run.save(1)
+    shutil.rmtree(run.folder)
+    get_file, failures = LocalFileSystem.get_file, iter((OSError("gone"), TimeoutError("slow")))
+
+    def fail_first(self, there: str, here: str, **kwargs: object) -> None:
+        for error in failures:
+            raise error
+        get_file(self, there, here, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", fail_first)
+    assert load_step(open_run(mirror=str(mirror))) == 1
+
+
+def test_a_checkpoint_that_is_being_replaced_is_not_whole(open_run, mirror, monkeypatch):
+    run = open_run(mirror=str(mirror))
+    run.save(1)
+    shutil.rmtree(run.folder)
+
+    def refuse(self, here: str, there: str, **kwargs: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", refuse)
+    monkeypatch.setattr(module, "_STANDSTILL_S", 0.3)
+    run.shard.scalars["adam_step"].fill_(7)
+    run.checkpointer.save(TrainState(step=1))
+    run.checkpointer.finish()
+    assert not (mirror / "step_00000001" / "checksums.json").exists()
 
 
 def test_a_newer_one_there_replaces_a_damaged_one_here(open_run, mirror):

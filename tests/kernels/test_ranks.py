@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss_rank_jobs import Case, passes_in_any_order, ring_events, ring_peak_bytes, run_cases, step
-from ranks import run_ranks
+from scaleclip.local_ranks import run_ranks
 
 ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
 WORLD_SIZE = 4

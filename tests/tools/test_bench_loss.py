@@ -23,7 +23,7 @@ from bench_losses import ALLOCATED_MIB, BACKWARD_S, FORWARD_S, count_all
 from loss_bench import correctness, estimate, fit, implementations, records, runner, summary
 from loss_bench.correctness import Gradients, Step
 from loss_bench.points import GEMM, Comparison, Errors, Job, Point, RankResult, Sample
-from ranks import run_ranks
+from scaleclip.local_ranks import run_ranks
 
 TESTS = Path(__file__).parents[1]
 COMPARISON = Comparison(batch=1000, dim=100, dtype="fp32", scale=14.3, mode="full")

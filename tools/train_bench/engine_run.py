@@ -3,7 +3,7 @@
 Every rank calls. Dimensions: B pairs, E the shared embedding space.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -97,7 +97,7 @@ def measure_memory(job: MemoryJob) -> Answer:
         results.extend(steps(number, _LR, Stopwatch()) for number in range(job.steps))
 
     added = added_bytes(take_steps, torch.device("cpu"))
-    return Answer(added_bytes=added, losses=_losses(results), grad_norms=[result.grad_norm.item() for result in results])
+    return Answer(num_parameters=num_parameters(_config(job.layout).model), added_bytes=added, losses=_losses(results))
 
 
 def learn(job: LearnJob) -> Answer:
@@ -112,7 +112,6 @@ def learn(job: LearnJob) -> Answer:
         steps=watch.steps[:-1],
         num_parameters=num_parameters(steps.config.model),
         losses=_losses(results),
-        grad_norms=[result.grad_norm.item() for result in results],
         matched=steps.matched(),
     )
 
@@ -150,7 +149,7 @@ def _watched(chunks: Iterator[Any], watch: Stopwatch) -> Iterator[Any]:
 def _watched_engine(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     """Every call of the engine, of the loss and of DeepSpeed's collectives as a part of its own."""
     backend = deepspeed.comm.comm.cdb
-    forward, backward = Engine.__call__, torch.Tensor.backward
+    backward = torch.autograd.backward
 
     def loss_backward(*args: Any, **kwargs: Any) -> None:
         # inside of Engine.backward it is the towers'
@@ -163,17 +162,19 @@ def _watched_engine(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     def part_of_forward() -> str:
         return FORWARD if torch.is_grad_enabled() else FIRST_PASS
 
+    parts: list[tuple[Any, str, str | Callable[[], str]]] = [
+        (Engine, "__call__", part_of_forward),
+        (Engine, "backward", BACKWARD),
+        (Engine, "step", STEP),
+    ]
+    parts.append((step, "contrastive", LOSS))
     with ExitStack() as stack:
-        for owner, name, watched in (
-            (Engine, "__call__", watch.timed(forward, part_of_forward)),
-            (Engine, "backward", watch.timed(Engine.backward, BACKWARD)),
-            (Engine, "step", watch.timed(Engine.step, STEP)),
-            (step, "contrastive", watch.timed(step.contrastive, LOSS)),
-            (torch.Tensor, "backward", loss_backward),
-            *((backend, name, _timed_work(getattr(backend, name), watch, REDUCE)) for name in _REDUCING),
-            *((backend, name, _timed_work(getattr(backend, name), watch, GATHER)) for name in _GATHERING),
-        ):
-            stack.enter_context(patch.object(owner, name, watched))
+        stack.enter_context(patch.object(torch.autograd, "backward", loss_backward))
+        for owner, name, part in parts:
+            stack.enter_context(patch.object(owner, name, watch.timed(getattr(owner, name), part)))
+        for kind, names in ((REDUCE, _REDUCING), (GATHER, _GATHERING)):
+            for name in names:
+                stack.enter_context(patch.object(backend, name, _timed_work(getattr(backend, name), watch, kind)))
         yield
 
 

@@ -77,7 +77,9 @@ class StepJob:
     steps: int
 
     def label(self) -> str:
-        return f"steps of {self.layout.global_batch} = {self.layout.world} x {self.layout.micro_batch}, ZeRO-{self.layout.stage}"
+        return (
+            f"steps of {self.layout.global_batch} = {self.layout.world} x {self.layout.micro_batch}, ZeRO-{self.layout.stage}"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,6 @@ class Answer:
     """Peak of the resident memory above that before the model was made."""
     losses: Sequence[float] = field(default_factory=list)
     """Step by step."""
-    grad_norms: Sequence[float] = field(default_factory=list)
     matched: float = 0.0
     """Share of pairs, never seen before, whose image is nearest to a text of its class."""
     traffic: Sequence[dict[str, int]] = field(default_factory=list)

@@ -26,9 +26,9 @@ def _transformer(width: int, layers: int, heads: int) -> dict[str, Any]:
 OWN: Mapping[str, Any] = {
     # so fast that the data decides
     "small": {
-        "embed_dim": 128,
-        "image": {"size": 224, "config": {"patch_size": 32, **_transformer(128, 3, 2)}},
-        "text": {"context_length": 32, "config": {**_CLIP_VOCABULARY, **_transformer(64, 2, 1)}},
+        "embed_dim": 64,
+        "image": {"size": 224, "config": {"patch_size": 32, **_transformer(64, 2, 1)}},
+        "text": {"context_length": 16, "config": {**_CLIP_VOCABULARY, **_transformer(64, 1, 1)}},
     },
     # so fast that two cores take steps of 32,768 pairs; `pairs.py` makes what it learns
     "digits": {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from train_bench.laps import Stopwatch
 from train_bench.points import DATA, PeerJob, Seconds

@@ -1,0 +1,64 @@
+"""The command `scaleclip plan`. Imports inside, as in scaleclip/cli.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaleclip.errors import ConfigError, RunError
+
+_PICTURED_RANKS = tuple(2**power for power in range(11))
+
+
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example train.zero_stage=2.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices of the run, a rank each.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, mi300x, l40s or cpu (a core).")] = "h100",
+    nodes_of: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak that what is executed reaches.")] = 0.4,
+    cores_per_gpu: Annotated[
+        float | None, typer.Option(min=0.1, help="CPU cores of the loader for each device; none: the maker's server's.")
+    ] = None,
+    image_px: Annotated[int, typer.Option(help="Height and width of the stored images: 256, 512 or 1024.")] = 512,
+    picture: Annotated[Path | None, typer.Option(help="Draw 1 to 1,024 devices into this .png.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Memory, time and traffic of a run before it starts: does it fit, how long does it take, what limits it.
+
+    The model is counted on fake tensors: no device is needed and the data need not exist.
+    """
+    from rich.console import Console
+
+    from scaleclip.config_io import load_config
+    from scaleclip.devices import load_device
+    from scaleclip.files import resolve_path
+    from scaleclip.plan import SAMPLES_PER_CPU_S, Assumptions, sweep
+    from scaleclip.plan import plan as make_plan
+    from scaleclip.plan_tables import figures_table, headline, memory_table, to_json
+
+    if image_px not in SAMPLES_PER_CPU_S:
+        raise ConfigError(
+            f"--image-px={image_px} was not measured: choose the nearest of {', '.join(map(str, SAMPLES_PER_CPU_S))}"
+        )
+    run, device = load_config(resolve_path(config), overrides or ()), load_device(gpu)
+    assumptions = Assumptions(nodes_of, mfu, cores_per_gpu, image_px)
+    planned = make_plan(run, gpus, device, assumptions)
+    if picture is not None:
+        from scaleclip.plan_picture import draw_plan
+
+        draw_plan(sweep(run, _PICTURED_RANKS, device, assumptions), planned, picture)
+    if json:
+        typer.echo(to_json(planned))
+    else:
+        console = Console()
+        console.print(memory_table(planned))
+        console.print(figures_table(planned))
+        console.print(headline(planned), highlight=False)
+    if not planned.micro_batch:
+        raise RunError(
+            f"{gpu} does not hold a micro batch under ZeRO-{planned.stage}: see the table for a stage that fits, or lower "
+            f"train.micro_batch, or set model.activation_checkpointing=true, train.offload_optimizer=true or more --gpus"
+        )
