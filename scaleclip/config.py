@@ -275,8 +275,8 @@ class CheckpointConfig(Section):
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept, here and in the mirror; older ones are deleted."""
     mirror: str | None = None
-    """Folder or URL (`s3://bucket/run`) that every checkpoint is copied to in the background, and that a start fetches from
-    where it holds a newer one than `run.folder`."""
+    """Folder or URL (`s3://bucket/run`) that checkpoints are copied to in the background, and that a start fetches from where
+    it holds a newer one than `run.folder`."""
 
 
 class GuardConfig(Section):

@@ -83,7 +83,7 @@ class Engine:
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self._config, self._device = config.train, world.device
+        self._config, self._model_config, self._device = config.train, config.model, world.device
         self._clip_norm = config.optim.clip_norm
         settings = deepspeed_config(config, world.size)
         self.model = _build_model(config, settings, world)
@@ -158,6 +158,17 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._config.zero_stage == 3):
                 found[name] = parameter.detach().clone()
         return found
+
+    @torch.no_grad()
+    def whole_model(self) -> DualEncoder:
+        """The model for evaluation: itself, or under stage 3 a copy with whole parameters on this rank's device."""
+        if self._config.zero_stage < 3:
+            return self.model
+        copy = DualEncoder(self._model_config.without_pretrained()).to(self._device)
+        for whole, parameter in zip(copy.parameters(), self.model.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole.copy_(parameter)
+        return copy
 
     def shard(self) -> Shard:
         """What this rank holds of parameters and optimizer state, as views: what is written there is loaded (`refresh`)."""

@@ -126,7 +126,8 @@ class _Step:
     def moments(self) -> Iterator[StepMemory]:
         """What a step holds at each moment that may be its peak."""
         yield from map(self._towers, self._passes())
-        yield self._gathering()
+        if self._train.zero_stage == 3:
+            yield self._gathering()
         yield self._at("loss", **self._loss_moment())
         yield self._at("reduction", **self._while_reducing())
         yield self._at("optimizer", **self._while_updating())
@@ -157,6 +158,8 @@ class _Step:
         # gloo gathers in a copy of its own
         messages = message * (2 if self._device == "cpu" and self._world_size > 1 else 1)
         lasting = self._lasting_of_stage_3()
+        if self._is_two_pass and self._reduces_once():
+            lasting["gradients"] = lasting.get("gradients", 0) + self._learning
         return self._at("towers", gathered=gathered + messages, activations=held, features=self._cached_features(), **lasting)
 
     def _at(self, moment: Moment, *, gathered: int = 0, **others: int) -> StepMemory:

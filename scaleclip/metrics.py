@@ -73,6 +73,8 @@ class Row(NamedTuple):
     """What fp16's loss is multiplied by for the backward pass; 1 otherwise."""
     bad_steps: int
     """Steps since the run's start that were left out, because loss or gradients were not finite."""
+    mirror_failures: int
+    """Failed tries to send a checkpoint to its mirror since this start; they are made again."""
     invalid: dict[str, int]
     """Samples that could not be used since the run's start, by source and cause."""
     world_size: int

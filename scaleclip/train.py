@@ -176,6 +176,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                                 num_chunks=dataset.num_chunks,
                                 loss_scale=loss_scale,
                                 bad_steps=state.bad_steps,
+                                mirror_failures=checkpointer.mirror_failures,
                                 invalid=state.faults,
                                 world_size=world.size,
                                 train_s=state.train_s,
@@ -183,8 +184,9 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                         )
                 checkpointer.poll()
                 if bad_steps.too_many and not signals:
-                    checkpointer.finish()
-                    state = _go_back(state, checkpointer.load_newest(), went_back_to, config)
+                    with watchdog.paused():
+                        previous = checkpointer.load_newest()
+                    state = _go_back(state, previous, went_back_to, config)
                     went_back_to = state.step
                     engine.refresh()
                     bad_steps.forgive()
@@ -194,20 +196,22 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                             metrics.rewind(state.step)
                 # what failing steps leave behind is no good place to go back to
                 elif signals or last or (save_now and not bad_steps.in_a_row):
-                    checkpointer.save(state)
+                    with watchdog.paused():
+                        checkpointer.save(state)
                 if signals and not last:
-                    checkpointer.finish()
+                    with watchdog.paused():
+                        checkpointer.finish()
                     raise Stopped(signals, state.step)
                 if evaluate_now:
                     with watchdog.paused():
-                        figures = evaluate(engine.model, tokenizer, splits, config)
+                        figures = evaluate(engine.whole_model(), tokenizer, splits, config)
                     with distributed.all_or_none():
                         if metrics:
                             metrics.write_figures(state.step, figures)
                 collect()
                 interval_start, logged_step = time.perf_counter(), state.step
         checkpointer.finish()
-        figures = evaluate(engine.model, tokenizer, splits, config)
+        figures = evaluate(engine.whole_model(), tokenizer, splits, config)
         with distributed.all_or_none():
             if metrics:
                 metrics.write_figures(state.step, figures)

@@ -53,7 +53,7 @@ CASES = [
 
 
 def words(part: object) -> str:
-    return " ".join(map(str, part))
+    return "-".join(map(str, part))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from math import lcm
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,8 +48,10 @@ from train_bench.towers import NAMES, model_config, num_parameters, open_clip_co
 
 QUIET_LOAD = 0.5
 _TOWERS = {"memory": "ViT-S/32", "shards": "small"}
+_BATCH = {"memory": 32, "shards": 128}
 _SHARDS_A_WORKER = 4
-_TOWER_STEPS = 10
+_WARM_UP_STEPS, _TOWER_STEPS, _MEMORY_STEPS = 2, 10, 2
+_BATCH_JOBS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,19 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_peers(options: argparse.Namespace) -> None:
-    layout = Layout(
-        options.towers or _TOWERS[options.source], options.batch, options.batch, 1, options.stage, "chunk", options.precision,
-        options.threads,
-    )  # fmt: skip
+    towers, batch = options.towers or _TOWERS[options.source], options.batch or _BATCH[options.source]
+    layout = Layout(towers, batch, batch, 1, options.stage, "chunk", options.precision, options.threads)
     about, workers = _about(options), options.workers if options.source == "shards" else 0
-    with TemporaryDirectory(prefix="bench_train-") as name, _progress() as advance:
-        tars: list[str] = []
-        if options.source == "shards":
-            num_shards = _SHARDS_A_WORKER * max(1, workers)
-            step = lcm(num_shards, options.batch)
-            advance(0, f"making {options.samples} pictures of {options.size} px")
-            shards.make(Path(name), options.size, -(-options.samples // step) * step, num_shards, ("tar",))
-            tars = shards.tars(Path(name), num_shards)
+    with TemporaryDirectory(prefix="bench_train-") as name:
+        tars = _make_shards(Path(name), options, batch) if options.source == "shards" else []
         jobs = [
             PeerJob(
                 trainer=trainer,
@@ -105,19 +100,28 @@ def _run_peers(options: argparse.Namespace) -> None:
             for setting in options.setting
             for trainer in (OURS, OPEN_CLIP)
         ]
-        rounds = []
-        for number in range(options.rounds):
-            rounds.append({job: _peer(job, options, number, advance, len(jobs)) for job in jobs})
-        _report(summary.peers(rounds, about), options, tables.peers)
+        with _progress(options.rounds * len(jobs)) as advance:
+            rounds = [{job: _peer(job, options, number, advance) for job in jobs} for number in range(options.rounds)]
+    _report(summary.peers(rounds, about), options, tables.peers)
 
 
-def _peer(job: PeerJob, options: argparse.Namespace, number: int, advance: Callable[[int, str], None], jobs: int) -> Answer:
+def _make_shards(folder: Path, options: argparse.Namespace, batch: int) -> list[str]:
+    """Tars of whole batches, as many for each loader process."""
+    num_shards = _SHARDS_A_WORKER * max(1, options.workers)
+    step = lcm(num_shards, batch)
+    samples = -(-options.samples // step) * step
+    print(f"making {samples:,} pictures of {options.size} px", file=sys.stderr)
+    shards.make(folder, options.size, samples, num_shards, ("tar",))
+    return shards.tars(folder, num_shards)
+
+
+def _peer(job: PeerJob, options: argparse.Namespace, number: int, advance: Callable[[str], None]) -> Answer:
     """A trainer's turn.
 
     Raises:
         MeasurementFailed: the trainers have other towers.
     """
-    advance(options.rounds * jobs, f"round {number + 1}/{options.rounds}: {job.label()}")
+    advance(f"round {number + 1}/{options.rounds}: {job.label()}")
     with TemporaryDirectory(prefix="run-", dir=job.folder) as folder:
         answer = run_job(replace(job, folder=Path(folder)), options.timeout)[0]
     expected = num_parameters(model_config(job.layout.towers))
@@ -130,20 +134,22 @@ def _run_batch(options: argparse.Namespace) -> None:
     about = _about(options)
     rows: list[records.Row] = []
     learned: list[Sequence[Answer]] = []
-    with _progress() as advance:
+    with _progress(_BATCH_JOBS * len(options.world)) as advance:
         for world in options.world:
             layout = Layout(
                 options.towers, options.batch, options.micro_batch, world, options.stage, "chunk", options.precision,
                 options.threads,
             )  # fmt: skip
             small = replace(layout, global_batch=options.micro_batch * world)
-            answers = []
             jobs = (
-                MemoryJob(small, 2), MemoryJob(layout, 2), StepJob(small, 2, _TOWER_STEPS),
+                MemoryJob(small, _MEMORY_STEPS),
+                MemoryJob(layout, _MEMORY_STEPS),
+                StepJob(small, _WARM_UP_STEPS, _TOWER_STEPS),
                 LearnJob(layout, options.steps, options.lr),
-            )  # fmt: skip
+            )
+            answers = []
             for job in jobs:
-                advance(len(options.world) * len(jobs), job.label())
+                advance(job.label())
                 answers.append(run_job(job, options.timeout))
             micro, whole, towers, steps = answers
             learned.append(steps)
@@ -158,12 +164,12 @@ def _run_step(options: argparse.Namespace) -> None:
     about = _about(options)
     layouts = [layout for stage in options.stage for layout in _layouts(options, stage)]
     rounds: list[dict[Layout, Sequence[Answer]]] = []
-    with _progress() as advance:
+    with _progress(options.rounds * len(layouts)) as advance:
         for number in range(options.rounds):
             found: dict[Layout, Sequence[Answer]] = {}
             for layout in layouts:
                 job = StepJob(layout, options.warm_up, options.steps)
-                advance(options.rounds * len(layouts), f"round {number + 1}/{options.rounds}: {job.label()}")
+                advance(f"round {number + 1}/{options.rounds}: {job.label()}")
                 found[layout] = run_job(job, options.timeout)
             rounds.append(found)
     rows = []
@@ -189,7 +195,7 @@ def _run_draw(options: argparse.Namespace) -> None:
 
 
 def _report(rows: Sequence[records.Row], options: argparse.Namespace, table: Callable[[Sequence[records.Row]], object]) -> None:
-    Console(markup=False, width=None if sys.stdout.isatty() else 200).print(table(rows))
+    Console(markup=False, width=None if sys.stdout.isatty() else 240).print(table(rows))
     if options.csv:
         records.record(options.csv, rows)
     if options.plot:
@@ -210,23 +216,19 @@ def _about(options: argparse.Namespace) -> About:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, str], None]]:
-    """Says how many measurements there are and which one begins."""
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar; what it yields says which measurement begins."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=None)
-        begun = -1
-
-        def advance(total: int, description: str) -> None:
-            nonlocal begun
-            begun += 1
-            progress.update(bar, total=total, completed=begun, description=description)
-
-        yield advance
+        bar, numbers = progress.add_task("", total=total), count()
+        yield lambda description: progress.update(bar, completed=next(numbers), description=description)
 
 
 def _check_peers(options: argparse.Namespace) -> None:
-    open_clip_config(model_config(options.towers or _TOWERS[options.source]))
+    model = model_config(options.towers or _TOWERS[options.source])
+    open_clip_config(model)
+    if options.source == "shards" and model.text.tokenizer != "clip":
+        raise ValueError(f"argument --towers: {options.towers} reads another vocabulary than open_clip's tokenizer writes")
 
 
 def _check_batch(options: argparse.Namespace) -> None:
@@ -276,7 +278,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
         help="plain, medium (torch.set_float32_matmul_precision), compile (torch.compile), for both trainers (default: plain)",
     )
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="scaleclip's train.zero_stage (default: 1)")
-    parser.add_argument("--batch", type=positive, default=128, help="pairs a step (default: 128)")
+    parser.add_argument("--batch", type=positive, help="pairs a step (default: 32 from memory, 128 from shards)")
     parser.add_argument("--workers", type=natural, default=1, help="loader processes, from shards (default: 1)")
     parser.add_argument("--size", type=positive, default=512, metavar="PIXELS", help="of the JPEGs (default: 512)")
     parser.add_argument("--samples", type=positive, default=2048, help="in the shards, at least (default: 2048)")

@@ -36,21 +36,16 @@ def _evaluate_split(model: DualEncoder, tokenizer: Tokenizer, data: SplitData, s
     device = next(model.parameters()).device
 
     def encode_texts(texts: list[str]) -> Tensor:
-        def read(start: int, stop: int) -> Tensor:
-            return tokenizer(texts[start:stop])
+        def encode(start: int, stop: int) -> Tensor:
+            return model.encode_text(tokenizer(texts[start:stop]).to(device)).cpu()
 
-        def encode(tokens_BT: Tensor) -> Tensor:
-            return model.encode_text(tokens_BT.to(device)).cpu()
+        return torch.cat(encode_over_ranks(len(texts), batch, encode))
 
-        return torch.cat(encode_over_ranks(len(texts), batch, read, encode))
+    def encode_images(start: int, stop: int) -> tuple[list[str], Tensor]:
+        keys, pixels_BCHW = data.images(start, stop, size)
+        return keys, model.encode_image(pixels_BCHW.to(device)).cpu()
 
-    def read_images(start: int, stop: int) -> tuple[list[str], Tensor]:
-        return data.images(start, stop, size)
-
-    def encode_images(images: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
-        return images[0], model.encode_image(images[1].to(device)).cpu()
-
-    parts = encode_over_ranks(data.num_images, batch, read_images, encode_images)
+    parts = encode_over_ranks(data.num_images, batch, encode_images)
     keys = [key for some_keys, _ in parts for key in some_keys]
     image_NE = torch.cat([vectors_BE for _, vectors_BE in parts])
     text_GE = encode_texts([entry.text for entry in split.gallery])

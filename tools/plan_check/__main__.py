@@ -30,7 +30,8 @@ def main() -> None:
     folder, micro_batch, overrides = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), num_ranks), rank=rank, world_size=num_ranks)
+    store = dist.FileStore(str(folder / "store"), num_ranks)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     world = distributed.init()
     config = load_config(resolve_path(CONFIG), overrides)
     _load_libraries()

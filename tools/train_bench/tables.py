@@ -44,7 +44,7 @@ def peers(rows: Sequence[Row]) -> Table:
         made.add_column(name, no_wrap=True)
     shares = (DATA, FORWARD, LOSS, BACKWARD, STEP, "outside")
     for name in ("pairs/s", "a CPU-second", "x peer", "CPU x peer", "x peer's best", "ms a step", *shares):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("limited by")
     for point in points(rows):
         row = point[RATE]
