@@ -181,7 +181,7 @@ class HostReads(TorchDispatchMode):
 
 
 def count_host_reads(config_path: str, cases: list[list[str]]) -> list[dict[str, int]]:
-    """Host reads in three steps after the first three, for each list of overrides: stage 3 has to learn the order of modules."""
+    """Host reads in three steps after the first three (stage 3 learns the order of modules), for each list of overrides."""
     # what reads from tensors that are the host's on a GPU too: this CPU stands for a GPU
     panels.without_idle_mask = lambda side: side
     deepspeed.runtime.zero.stage3.is_invalid_grad_norm = lambda norm: False

@@ -17,7 +17,8 @@ def make_row(step: int) -> Row:
     return Row(
         step=step, samples=step * 8, epoch=step / 4, loss=5 / step, lr=1e-3, logit_scale=14.3, grad_norm=1.0, pairs_per_s=100.0,
         tflops=0.1, mfu=None, data_wait=0.01, loader={}, mix={}, cache={}, lost_workers=0, memory_gib=1.0,
-        invalid={}, world_size=1, train_s=1.0,
+        reduced_mib=1.0, gathered_mib=0.0, num_chunks=1, loss_scale=1.0, bad_steps=0, mirror_failures=0, invalid={},
+        world_size=1, train_s=1.0,
     )  # fmt: skip
 
 
@@ -45,6 +46,17 @@ def test_a_resume_drops_rows_of_lost_work_and_a_torn_line(tmp_path):
     metrics.write(make_row(4))
     metrics.close()
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_going_back_drops_rows_and_the_run_writes_on(tmp_path):
+    metrics = open_metrics(tmp_path)
+    for step in range(1, 6):
+        metrics.write(make_row(step))
+    metrics.rewind(2)
+    metrics.write(make_row(3)._replace(loss=None))
+    metrics.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 5.0), (2, 2.5), (3, None)]
+    assert plot_run(tmp_path).exists()
 
 
 def test_the_plot_shows_six_curves(tmp_path):
