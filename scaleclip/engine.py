@@ -235,7 +235,6 @@ class Engine:
         if self._zero is None:
             state = self._adamw.state[parameter]
             tensors = {"weight": parameter.data, **{moment: state[moment] for moment in _MOMENTS}}
-            # a convolution's weights may lie in another order than its index
             flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
             return Fragment(name, tuple(parameter.shape), 0, flat, replicated=True)
         if self._config.zero_stage < 3:
@@ -252,8 +251,8 @@ class Engine:
         if length <= 0:
             return None
         state = self._adamw.state[master]
-        flat = {key: tensor.data[offset : offset + length] for key, tensor in
-                {"weight": master, **{moment: state[moment] for moment in _MOMENTS}}.items()}  # fmt: skip
+        tensors = {"weight": master, **{moment: state[moment] for moment in _MOMENTS}}
+        flat = {key: tensor.data[offset : offset + length] for key, tensor in tensors.items()}
         return Fragment(name, tuple(parameter.ds_shape), start, flat, replicated=False)
 
     def _frozen(self, name: str, parameter: Any) -> Fragment:

@@ -195,7 +195,9 @@ def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumpt
     stage = config.train.zero_stage
     share = -(-config.train.global_batch // num_ranks)
     largest = stages[stage].largest_micro_batch
-    micro_batch = largest if config.train.micro_batch == "auto" else min(config.train.micro_batch, share)
+    # `auto` makes as few chunks as fit, of about the same size
+    balanced = -(-share // -(-share // largest)) if largest else 0
+    micro_batch = balanced if config.train.micro_batch == "auto" else min(config.train.micro_batch, share)
     if micro_batch > largest:
         micro_batch = 0
     counts = count_memory(config.model, config.data, config.train.precision)

@@ -1,5 +1,6 @@
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,6 +164,10 @@ def test_the_command_refuses_what_cannot_run():
         invoke("--gpus", "8192")
 
 
-def test_the_command_needs_neither_deepspeed_nor_a_process_group():
-    invoke("--json")
-    assert "scaleclip.engine" not in sys.modules
+def test_a_plan_needs_neither_deepspeed_nor_matplotlib():
+    program = (
+        "import sys; from scaleclip import plan, plan_cli, plan_tables; "
+        "print([name for name in ('deepspeed', 'matplotlib', 'scaleclip.engine') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"

@@ -198,6 +198,29 @@ def test_ranks_give_the_same_loss_curve(tiny_config_path, undisturbed, tmp_path,
     assert_same_curve(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
+def test_stage_3_is_evaluated_on_the_way_and_traced(tiny_config_path, undisturbed, tmp_path):
+    settings = (f"run.folder={tmp_path}", SPLITS, "train.zero_stage=3", "train.micro_batch=3", "eval.every_steps=5")
+    run("train", tiny_config_path, *settings, "--ranks", "2", "--profile")
+    assert_same_curve(tmp_path, undisturbed)
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [5, 10, 12]
+    assert [figure["value"] for figure in figures(tmp_path)["figures"]] == pytest.approx(
+        [figure["value"] for figure in figures(undisturbed)["figures"]], abs=0.01
+    )
+    traces = list((tmp_path / "profile").iterdir())
+    assert len(traces) == 2
+    assert all(json.loads(trace.read_text())["traceEvents"] for trace in traces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compiled_towers_take_the_same_steps(tiny_config_path, undisturbed, tmp_path, stage):
+    settings = (f"run.folder={tmp_path}", SPLITS, f"train.zero_stage={stage}", "train.compile=true", "train.micro_batch=4")
+    run("train", tiny_config_path, *settings)
+    assert_same_curve(tmp_path, undisturbed)
+
+
 def test_two_views_of_a_mixture_train_and_their_mix_is_logged(tiny_config, shards, tmp_path):
     sources = (
         f"data.sources={{tiny: {{shards: '{shards}/*.tar', texts: {{caption: txt, name: json:captions.name}}, weight: 1}}, "

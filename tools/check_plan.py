@@ -117,9 +117,11 @@ def main() -> None:
     arguments = parser.parse_args()
     about = About.now(" ".join(["python", *sys.argv]), 1, 1)
     cases = [case for case in CASES if arguments.only in case.name]
-    rows = [measure(case, about) for case in track(cases, "measuring")]
-    if arguments.csv:
-        record(arguments.csv, rows)
+    rows = []
+    for case in track(cases, "measuring"):
+        rows.append(measure(case, about))
+        if arguments.csv:
+            record(arguments.csv, rows[-1:])
     Console().print(table(rows))
     sys.exit(any(abs(row.ratio - 1) > LIMIT for row in rows))
 
