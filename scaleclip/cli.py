@@ -14,13 +14,17 @@ from typing import Annotated
 import typer
 
 from scaleclip.data_cli import data_app
+from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.errors import ConfigError, RunError, Stopped
+from scaleclip.plan_cli import plan
 
 app = typer.Typer(
     name="scaleclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Pre-train CLIP and its descendants: ZeRO-sharded dual encoders on streaming shards.",
 )  # fmt: skip
 app.add_typer(data_app, name="data")
+app.command()(plan)
+app.command()(verify_equivalence)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -126,7 +130,7 @@ def show_config(
         return
     resolved = load_config(resolve_path(config), overrides or ()) if config else RunConfig()
     if deepspeed:
-        from scaleclip.engine import deepspeed_config
+        from scaleclip.deepspeed_config import deepspeed_config
 
         typer.echo(json.dumps(deepspeed_config(resolved, ranks), indent=2))
     else:

@@ -12,7 +12,7 @@ from scaleclip import distributed
 from scaleclip.config import RunConfig
 from scaleclip.distributed import World
 from scaleclip.errors import ConfigError, RunError
-from scaleclip.memory import DeviceType, largest_micro_batch, step_memory
+from scaleclip.planning.memory import DeviceType, largest_micro_batch, step_memory
 
 # what the allocator loses between its blocks, and what else lives on the device; on the host, loaders and the system live too
 _USABLE = {"cuda": 0.92, "cpu": 0.7}

@@ -33,11 +33,11 @@ def plan(
     from rich.console import Console
 
     from scaleclip.config_io import load_config
-    from scaleclip.devices import load_device
     from scaleclip.files import resolve_path
-    from scaleclip.plan import SAMPLES_PER_CPU_S, Assumptions, sweep
-    from scaleclip.plan import plan as make_plan
-    from scaleclip.plan_tables import figures_table, headline, memory_table, to_json
+    from scaleclip.planning.devices import load_device
+    from scaleclip.planning.plan import SAMPLES_PER_CPU_S, Assumptions, sweep
+    from scaleclip.planning.plan import plan as make_plan
+    from scaleclip.planning.tables import figures_table, headline, memory_table, to_json
 
     if image_px not in SAMPLES_PER_CPU_S:
         raise ConfigError(
@@ -47,7 +47,7 @@ def plan(
     assumptions = Assumptions(nodes_of, mfu, cores_per_gpu, image_px)
     planned = make_plan(run, gpus, device, assumptions)
     if picture is not None:
-        from scaleclip.plan_picture import draw_plan
+        from scaleclip.planning.picture import draw_plan
 
         draw_plan(sweep(run, _PICTURED_RANKS, device, assumptions), planned, picture)
     if json:

@@ -13,7 +13,6 @@ from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.state import TrainState
 from scaleclip.config import RunConfig
 from scaleclip.config_rules import validate
-from scaleclip.counting import count_flops
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.source import Source, fingerprint, open_sources
@@ -29,6 +28,7 @@ from scaleclip.guard import BadSteps, StopSignal, Watchdog, record_bad_steps
 from scaleclip.losses.objective import check_runs_on
 from scaleclip.metrics import Metrics, Row, finite, peak_memory_gib, peak_tflops
 from scaleclip.models.towers import check_tokenizer
+from scaleclip.planning.counting import count_flops
 from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.runtime import collected_at_log_steps, traced
 from scaleclip.schedule import learning_rate

@@ -9,7 +9,7 @@ import torch
 
 from rank_jobs import agree, compare_bf16, count_host_reads, run_steps_of_each
 from scaleclip.config_io import load_config
-from scaleclip.engine import deepspeed_config
+from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.errors import ConfigError
 from scaleclip.local_ranks import run_ranks
 

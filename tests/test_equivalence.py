@@ -23,7 +23,7 @@ DROPOUT = ("model.image.config.attention_dropout=0.3", "model.text.config.attent
 PATCH_DROPOUT = ("model.image.patch_dropout=0.5",)
 CHECKPOINTING = ("model.activation_checkpointing=true",)
 TWO_VIEWS = ("data.views=[{}, {}]",)
-SIGMOID = ("loss.kind=sigmoid", "model.init_logit_bias=-3", "loss.duplicates=positive")
+SIGMOID = ("loss.kind=sigmoid", "model.init_logit_bias=-10", "loss.duplicates=positive")
 RATES = ("optim.text.layer_decay=0.5", "optim.image.lr_scale=0.1", "optim.clip_norm=0.5")
 LOCKED = ("model.image.locked=true", "model.image.unlocked_groups=1")
 OFFLOAD = ("train.offload_optimizer=true",)
@@ -135,6 +135,8 @@ def test_differences_weigh_a_parameter_by_its_gradient():
     moved = {"large": torch.tensor([1.0, 1.0]), "rounding": torch.tensor([2e-3])}
     found = differences(a_record(parameters=moved), a_record(), lr=1e-3)
     assert found.parameters == pytest.approx(2 * 1e-9)
+    moved = {"large": torch.tensor([1.0 + 2e-7, 1.0]), "rounding": torch.tensor([0.0])}
+    assert differences(a_record(parameters=moved), a_record(), lr=1e-3).parameters == 0, "two steps' rounding"
     moved = {"large": torch.tensor([1.0 + 1e-3, 1.0]), "rounding": torch.tensor([0.0])}
     assert differences(a_record(parameters=moved), a_record(), lr=1e-3).parameters == pytest.approx(1, rel=1e-3)
 

@@ -402,7 +402,10 @@ def test_a_bad_step_alone_is_left_out_and_recorded(tiny_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [([6, 7, 8, 9, 10, 11], "again after going back and leaving them out"), ([1, 2, 3], "and no checkpoint to go back to")],
+    [
+        ([6, 7, 8, 9, 10, 11], "again after going back and leaving them out"),
+        ([1, 2, 3], "there is no checkpoint to go back to"),
+    ],
 )
 def test_a_run_that_keeps_failing_ends_with_a_report(tiny_config, bad, message):
     [error] = run_ranks(train_with_bad_steps, 1, str(tiny_config), GUARDED, bad)

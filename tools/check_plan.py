@@ -130,7 +130,7 @@ def measure(case: Case, about: About) -> Row:
     """Train a few steps in a process a rank and compare the peak with the plan's."""
     from scaleclip.config_io import load_config
     from scaleclip.files import resolve_path
-    from scaleclip.memory import step_memory
+    from scaleclip.planning.memory import step_memory
 
     with tempfile.TemporaryDirectory() as folder:
         added = max(_answers(case, Path(folder)))

@@ -40,6 +40,7 @@ class Differences(NamedTuple):
     AdamW's first steps move an element by the learning rate in its gradient's direction, however small the gradient is: one
     that is nothing but rounding (a key's bias) goes anywhere. An error of x in a gradient moves an element by about
     x / |gradient| learning rates, so that the weight, the smallest of all steps, makes this of the size of `gradients`.
+    Two units in the last place of the element a step are left out: decaying it and adding the step round as much.
     """
     worst_parameter: str
     """The one whose gradient differs most."""
@@ -56,8 +57,9 @@ def differences(record: Record, truth: Record, lr: float) -> Differences:
     moved = []
     for name in truth.gradients[0]:
         weights = [true[name].abs() / top for true, top in zip(truth.gradients, largest, strict=True)]
-        difference = (record.parameters[name] - truth.parameters[name]).abs() / lr
-        moved.append((difference * torch.stack(weights).amin(0)).max())
+        rounding = 2 * len(truth.losses) * torch.finfo(torch.float32).eps * truth.parameters[name].abs()
+        beyond = ((record.parameters[name] - truth.parameters[name]).abs() - rounding).clamp(min=0)
+        moved.append((beyond / lr * torch.stack(weights).amin(0)).max())
     return Differences(
         float(((losses[0] - losses[1]).abs() / losses[1].abs()).max()),
         [_max(list(step.values())) for step in by_step],

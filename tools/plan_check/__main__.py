@@ -17,11 +17,11 @@ from loss_bench.memory import added_bytes
 from scaleclip import distributed
 from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config
-from scaleclip.counting import num_tokens
 from scaleclip.data.loader import Batch
 from scaleclip.engine import Engine
 from scaleclip.files import resolve_path
 from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.planning.counting import num_tokens
 from scaleclip.step import TrainStep
 
 

@@ -48,5 +48,5 @@ def load_device(name: str) -> Device:
 
 
 def _read() -> dict[str, dict[str, Any]]:
-    text = importlib.resources.files("scaleclip").joinpath("devices.yaml").read_text()
+    text = importlib.resources.files("scaleclip.planning").joinpath("devices.yaml").read_text()
     return cast(dict[str, dict[str, Any]], yaml.safe_load(text))

@@ -1,6 +1,6 @@
 """Memory of a training step on one rank, before any of it is taken.
 
-The towers' part is counted (scaleclip.counting). What ZeRO keeps of parameters, gradients and optimizer state
+The towers' part is counted (scaleclip.planning.counting). What ZeRO keeps of parameters, gradients and optimizer state
 (arXiv:1910.02054) is arithmetic on the sizes of parameters, as DeepSpeed 0.19.8 does it; tools/check_plan.py holds the sum
 against measurements.
 
@@ -14,19 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaleclip.config import LossConfig, RunConfig
-from scaleclip.counting import Counts, count_memory, num_tokens
+from scaleclip.deepspeed_config import deepspeed_config
+from scaleclip.planning.counting import Counts, count_memory, num_tokens
 
 DeviceType = Literal["cuda", "cpu"]
 """Where a rank trains; on "cpu" the device is the host."""
 Moment = Literal["towers", "loss", "reduction", "optimizer"]
 
 _FP32_BYTES = 4
-# settings in elements, where `train.deepspeed.zero_optimization` has no others: DeepSpeed's own but for the first
-_ZERO_SETTINGS = {
-    "reduce_bucket_size": 2**25,  # of scaleclip.engine
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-}
+# DeepSpeed's own settings, in elements
+_ZERO_DEFAULTS = {"stage3_prefetch_bucket_size": 50_000_000, "stage3_max_reuse_distance": 1_000_000_000}
 _STAGE_0_BUCKET = 500_000_000
 # of scaleclip_kernels, in its triton_launch.py, panels.py and distributed.py
 _TRITON_BYTES = (64 << 20) + (32 << 20)
@@ -112,6 +109,7 @@ class _Step:
 
     def __init__(self, config: RunConfig, counts: Counts, world_size: int, micro_batch: int, device: DeviceType) -> None:
         self._train, self._loss, self._model = config.train, config.loss, config.model
+        self._zero = deepspeed_config(config, world_size)["zero_optimization"]
         self._timeline, self._world_size, self._device = counts.timeline, world_size, device
         self._share = -(-config.train.global_batch // world_size)
         self._chunk = min(micro_batch, self._share)
@@ -293,8 +291,7 @@ class _Step:
 
     def _setting(self, name: str) -> int:
         """Bytes of a setting that DeepSpeed has in elements."""
-        own = self._train.deepspeed.get("zero_optimization", {})
-        return _FP32_BYTES * int(own.get(name, _ZERO_SETTINGS[name]))
+        return _FP32_BYTES * int((_ZERO_DEFAULTS | self._zero)[name])
 
 
 class _Beside(NamedTuple):

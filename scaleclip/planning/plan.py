@@ -1,8 +1,8 @@
 """A run before it starts: its memory, its arithmetic, what it sends, how long it takes and what limits it.
 
-Nothing is run and no accelerator is needed. What the model takes is counted (scaleclip.counting, scaleclip.memory); times are
-such counts over data sheets' rates and an assumed share of them. A step takes as long as its arithmetic and what is not hidden
-behind it, or as its data, whichever is longer.
+Nothing is run and no accelerator is needed. What the model takes is counted (counting.py, memory.py); times are such counts
+over data sheets' rates and an assumed share of them. A step takes as long as its arithmetic and what is not hidden behind it,
+or as its data, whichever is longer.
 
 Dimensions: W ranks, N pairs of a global batch, n of a rank, V text views, E the shared embedding space.
 """
@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 from scaleclip.config import RunConfig
 from scaleclip.config_rules import validate
-from scaleclip.counting import Flops, count_flops, count_memory
-from scaleclip.devices import Device
-from scaleclip.memory import DeviceType, StepMemory, largest_micro_batch, step_memory, uses_ring
+from scaleclip.deepspeed_config import deepspeed_config
+from scaleclip.planning.counting import Flops, count_flops, count_memory
+from scaleclip.planning.devices import Device
+from scaleclip.planning.memory import DeviceType, StepMemory, largest_micro_batch, step_memory, uses_ring
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -115,6 +116,8 @@ class Plan(NamedTuple):
     """Pairs at once; 0: they do not fit, and the times are those of one at a time."""
     is_auto: bool
     """Whether `train.micro_batch` leaves the choice to the plan."""
+    overlaps: bool
+    """Whether gradients are added up beside the backward pass."""
     num_learning: int
     """Parameters that learn."""
     num_frozen: int
@@ -217,6 +220,7 @@ def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumpt
         share=share,
         micro_batch=micro_batch,
         is_auto=config.train.micro_batch == "auto",
+        overlaps=overlaps(config),
         num_learning=num_learning,
         num_frozen=num_frozen,
         flops=flops,
@@ -274,7 +278,7 @@ def _seconds(
     rate = assumptions.efficiency * device_flops_per_s(device, config.train.precision)
     towers_s = arithmetic.towers / rate
     loss_s = arithmetic.loss / (assumptions.efficiency * device_flops_per_s(device, config.loss.compute_dtype))
-    # gradients are added up while the pass that makes them goes on: the last one, or every one
+    # where gradients are added up beside the pass that makes them: the last one, or every one
     backward_s = arithmetic.backward / rate / (1 if _reduces_every_chunk(config) else num_chunks)
     collective, hop = _links(device, num_ranks, assumptions.node_size)
     cores = device.cpu_cores if assumptions.cpu_cores is None else assumptions.cpu_cores
@@ -286,9 +290,8 @@ def _seconds(
         loss=traffic.loss / (hop if uses_ring(config.loss, num_ranks) else collective),
         data=share / (cores * SAMPLES_PER_CPU_S[assumptions.image_px]),
     )
-    stage = config.train.zero_stage
-    exposed_s = max(terms.gradients - (backward_s if stage else 0.0), 0.0)
-    exposed_s += max(terms.parameters - (towers_s if stage == 3 else 0.0), 0.0)
+    exposed_s = max(terms.gradients - (backward_s if overlaps(config) else 0.0), 0.0)
+    exposed_s += max(terms.parameters - (towers_s if config.train.zero_stage == 3 else 0.0), 0.0)
     exposed_s += max(terms.loss - loss_s, 0.0)
     return terms, terms.compute + exposed_s
 
@@ -304,6 +307,12 @@ def _traffic(config: RunConfig, num_ranks: int, num_chunks: int, learning: int, 
     gathers = 1 if num_chunks == 1 else 3 * num_chunks
     whole = once + _FP32_BYTES * frozen * (num_ranks - 1) / num_ranks
     return Traffic(reductions * once, gathers * whole, _loss_bytes(config, num_ranks))
+
+
+def overlaps(config: RunConfig) -> bool:
+    """Whether gradients are added up while the backward pass that makes them goes on."""
+    stage = config.train.zero_stage
+    return bool(stage) and bool(deepspeed_config(config, 1)["zero_optimization"].get("overlap_comm", stage == 3))
 
 
 def _reduces_every_chunk(config: RunConfig) -> bool:

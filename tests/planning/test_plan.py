@@ -9,11 +9,11 @@ import typer
 from typer.testing import CliRunner
 
 from scaleclip.config_io import load_config
-from scaleclip.devices import device_names, load_device
 from scaleclip.errors import ConfigError, RunError
-from scaleclip.plan import JPEG_BYTES_PER_PX, SAMPLES_PER_CPU_S, Assumptions, _loss_bytes, plan, sweep
 from scaleclip.plan_cli import plan as plan_command
-from scaleclip.plan_tables import figures
+from scaleclip.planning.devices import device_names, load_device
+from scaleclip.planning.plan import JPEG_BYTES_PER_PX, SAMPLES_PER_CPU_S, Assumptions, _loss_bytes, plan, sweep
+from scaleclip.planning.tables import figures
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/demo.yaml"
@@ -166,7 +166,7 @@ def test_the_command_refuses_what_cannot_run():
 
 def test_a_plan_needs_neither_deepspeed_nor_matplotlib():
     program = (
-        "import sys; from scaleclip import plan, plan_cli, plan_tables; "
+        "import sys; from scaleclip.planning import plan, plan_cli, plan_tables; "
         "print([name for name in ('deepspeed', 'matplotlib', 'scaleclip.engine') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from rich.table import Table
 
-from scaleclip.memory import StepMemory
-from scaleclip.plan import LINK_SHARE, MEMORY_SHARE, SAMPLES_PER_CPU_S, Plan
+from scaleclip.planning.memory import StepMemory
+from scaleclip.planning.plan import LINK_SHARE, MEMORY_SHARE, SAMPLES_PER_CPU_S, Plan
 
 Unit = Literal["FLOP", "FLOP/s", "B", "B/s", "s", "1/s", "%", "", "h", "days"]
 Basis = Literal["counted", "measured", "data sheet", "assumed", "estimated"]
@@ -68,7 +68,7 @@ def figures(plan: Plan) -> list[Figure]:
         ],
         "time of a step": [
             ("compute", terms.compute, "s", "estimated", "FLOP / share of the peak"),
-            ("adding up gradients", terms.gradients, "s", "estimated", "beside the backward pass" if plan.stage else ""),
+            ("adding up gradients", terms.gradients, "s", "estimated", "beside the backward pass" if plan.overlaps else "after the backward pass"),
             ("gathering parameters", terms.parameters, "s", "estimated", "beside the towers" if plan.stage == 3 else ""),
             ("passing features", terms.loss, "s", "estimated", "beside the loss"),
             ("data", terms.data, "s", "estimated", "beside the step"),

@@ -2,13 +2,15 @@ import resource
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from scaleclip import memory
 from scaleclip.config_io import load_config
-from scaleclip.counting import count_flops, count_memory, num_tokens
-from scaleclip.memory import largest_micro_batch, step_memory
+from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.models.flops import forward_flops
+from scaleclip.planning import memory
+from scaleclip.planning.counting import count_flops, count_memory, num_tokens
+from scaleclip.planning.memory import largest_micro_batch, step_memory
 from scaleclip_kernels import distributed as ring
 from scaleclip_kernels import panels, triton_launch
 from storage_tracker import StorageTracker
@@ -68,8 +70,12 @@ def test_counting_takes_no_memory_of_the_models_size():
 def test_flops_are_those_of_a_real_pass_and_backward_takes_twice_as_many(towers):
     config = config_of(*TOWERS[towers])
     flops = count_flops(config.model, config.data)
-    tokens = num_tokens(config.model, config.data)
-    assert flops.forward == forward_flops(DualEncoder(config.model), config.model, tokens, len(config.data.views))
+    pixels = torch.zeros(1, 3, config.model.image.size, config.model.image.size, dtype=torch.uint8)
+    tokens = (torch.zeros(1, num_tokens(config.model, config.data), dtype=torch.int64),) * len(config.data.views)
+    # the counter does not know the CPU's fused attention; the plain one is made of matrix products
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        DualEncoder(config.model)(pixels, tokens, torch.zeros(1, dtype=torch.int64))
+    assert flops.forward == counter.get_total_flops()
     # but for the gradients of the pixels, which nobody wants
     assert 1.8 * flops.forward < flops.backward < 2 * flops.forward
 
@@ -155,13 +161,10 @@ def test_the_largest_micro_batch_fits_and_one_more_pair_does_not(stage, num_rank
 
 
 def test_what_the_kernels_and_deepspeed_hold_is_what_they_say():
-    from scaleclip.engine import deepspeed_config
-
     assert ring.MAX_RING_RANKS == memory.MAX_RING_RANKS
     assert ring.GATHERED_BYTES == memory._GATHERED_BYTES
     assert triton_launch.PARTIAL_BYTES + triton_launch.GRADIENT_BYTES == memory._TRITON_BYTES
     assert 2 * 4 * panels.PANEL_ROWS * panels.PANEL_COLUMNS == memory._PANELS_BYTES
     for stage in (1, 2, 3):
         settings = deepspeed_config(config_of(f"train.zero_stage={stage}"), 2)["zero_optimization"]
-        assert settings["reduce_bucket_size"] == memory._ZERO_SETTINGS["reduce_bucket_size"]
         assert not settings.get("overlap_comm", False) or stage == 3

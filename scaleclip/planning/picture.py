@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from scaleclip.plan import MEMORY_SHARE, STAGES, Plan
+from scaleclip.planning.plan import MEMORY_SHARE, STAGES, Plan
 
 _TERMS = {
     "compute": ("compute", "#4477aa"),
