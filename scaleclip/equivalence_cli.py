@@ -81,10 +81,10 @@ def _table(title: str, limit: float) -> "Table":
     from rich.table import Table
 
     caption = (
-        f"Largest differences from one process; the limit is {limit:.0e}. Loss: relative. Gradients: |difference| / "
-        "largest |gradient|. Parameters: in learning rates, beyond their own rounding, each element weighed by |gradient| / largest |gradient|, since "
-        "AdamW moves one whose gradient is only rounding as far as the others. Bytes that a rank hands to DeepSpeed's "
-        "collectives in a step; x: times the gradients' size."
+        f"Largest differences from one process; the limit is {limit:.0e}. Loss: relative. Gradients: |difference| / largest "
+        "|gradient|. Parameters: in learning rates, beyond their own rounding, each element weighed by |gradient| / largest "
+        "|gradient|, since AdamW moves one whose gradient is only rounding as far as the others. Bytes that a rank hands to "
+        "DeepSpeed's collectives in a step; x: times the gradients' size."
     )
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("ranks", "micro", "ZeRO"):

@@ -127,11 +127,20 @@ def _fake_model(config: ModelConfig) -> Iterator[DualEncoder]:
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _ValuesUnknown():
             yield model.to_empty(device="cpu").train()
     finally:
         if was_collecting:
             gc.enable()
+
+
+class _ValuesUnknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers no where a model asks for a value, as towers with padding do: whether their mask hides nothing."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return function(*args, **(kwargs or {}))
 
 
 def _inputs(config: ModelConfig, size: int, tokens: int, views: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:

@@ -68,7 +68,7 @@ def figures(plan: Plan) -> list[Figure]:
         ],
         "time of a step": [
             ("compute", terms.compute, "s", "estimated", "FLOP / share of the peak"),
-            ("adding up gradients", terms.gradients, "s", "estimated", "beside the backward pass" if plan.overlaps else "after the backward pass"),
+            ("adding up gradients", terms.gradients, "s", "estimated", ("beside" if plan.overlaps else "after") + " the backward pass"),
             ("gathering parameters", terms.parameters, "s", "estimated", "beside the towers" if plan.stage == 3 else ""),
             ("passing features", terms.loss, "s", "estimated", "beside the loss"),
             ("data", terms.data, "s", "estimated", "beside the step"),

@@ -23,6 +23,11 @@ TOWERS = {
     "checkpointing": ["model=tiny", "model.activation_checkpointing=true"],
     "locked": ["model=tiny", "model.image.locked=true", "model.image.unlocked_groups=1"],
     "views": ["model=tiny", "data.views=[{texts: [caption]}, {texts: [keywords]}]"],
+    "bert": [
+        "model=tiny",
+        "model.text={type: bert, pooling: mean, context_length: 32, config: {hidden_size: 64, num_hidden_layers: 2, "
+        "num_attention_heads: 4, intermediate_size: 128, vocab_size: 4096, eos_token_id: 1}}",
+    ],
     "patch dropout": ["model=tiny", "model.image.patch_dropout=0.5"],
 }
 
@@ -72,9 +77,10 @@ def test_flops_are_those_of_a_real_pass_and_backward_takes_twice_as_many(towers)
     flops = count_flops(config.model, config.data)
     pixels = torch.zeros(1, 3, config.model.image.size, config.model.image.size, dtype=torch.uint8)
     tokens = (torch.zeros(1, num_tokens(config.model, config.data), dtype=torch.int64),) * len(config.data.views)
+    model = DualEncoder(config.model)
     # the counter does not know the CPU's fused attention; the plain one is made of matrix products
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        DualEncoder(config.model)(pixels, tokens, torch.zeros(1, dtype=torch.int64))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(pixels, tokens, torch.zeros(1, dtype=torch.int64))
     assert flops.forward == counter.get_total_flops()
     # but for the gradients of the pixels, which nobody wants
     assert 1.8 * flops.forward < flops.backward < 2 * flops.forward

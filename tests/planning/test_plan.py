@@ -15,7 +15,7 @@ from scaleclip.planning.devices import device_names, load_device
 from scaleclip.planning.plan import JPEG_BYTES_PER_PX, SAMPLES_PER_CPU_S, Assumptions, _loss_bytes, plan, sweep
 from scaleclip.planning.tables import figures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = "configs/demo.yaml"
 TINY = ["model=tiny", "train.global_batch=4096", "data.canonical_streams=1", "train.samples=40960", "train.precision=bf16"]
 
@@ -166,7 +166,7 @@ def test_the_command_refuses_what_cannot_run():
 
 def test_a_plan_needs_neither_deepspeed_nor_matplotlib():
     program = (
-        "import sys; from scaleclip.planning import plan, plan_cli, plan_tables; "
+        "import sys; from scaleclip import plan_cli; from scaleclip.planning import plan, tables; "
         "print([name for name in ('deepspeed', 'matplotlib', 'scaleclip.engine') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
