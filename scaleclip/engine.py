@@ -95,11 +95,8 @@ class Engine:
     @contextlib.contextmanager
     def one_step(self, num_backwards: int) -> Iterator[None]:
         """Around the backward passes of an optimizer step, of which there are `num_backwards`."""
-        stage = self._config.zero_stage
-        once = stage >= 2 and self._config.reduce_gradients == "step"
-        # DeepSpeed 0.19.8 adds the last step's gradients to this one's where stage 1 accumulates into the host's memory
-        once |= stage == 1 and self._config.offload_optimizer
-        with self._ds.coalesce_grad_reduction() if once and num_backwards > 1 else contextlib.nullcontext():
+        once = num_backwards > 1 and self._config.reduce_gradients == "step"
+        with self._ds.coalesce_grad_reduction() if once else contextlib.nullcontext():
             yield
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -46,6 +46,7 @@ def figures(plan: Plan) -> list[Figure]:
     arithmetic, traffic, terms = plan.arithmetic, plan.traffic, plan.terms
     zero = f"fp32, ZeRO-{plan.stage}"
     own_cores = taken.cpu_cores is not None
+    gradients_when = "beside" if plan.overlaps else "after"
     sections: dict[str, list[tuple[str, float, Unit, Basis, str]]] = {
         "a step on one device": [
             ("towers", arithmetic.towers, "FLOP", "counted", f"{plan.share:,} pairs in {_passes(plan)}"),
@@ -68,7 +69,7 @@ def figures(plan: Plan) -> list[Figure]:
         ],
         "time of a step": [
             ("compute", terms.compute, "s", "estimated", "FLOP / share of the peak"),
-            ("adding up gradients", terms.gradients, "s", "estimated", ("beside" if plan.overlaps else "after") + " the backward pass"),
+            ("adding up gradients", terms.gradients, "s", "estimated", f"{gradients_when} the backward pass"),
             ("gathering parameters", terms.parameters, "s", "estimated", "beside the towers" if plan.stage == 3 else ""),
             ("passing features", terms.loss, "s", "estimated", "beside the loss"),
             ("data", terms.data, "s", "estimated", "beside the step"),
