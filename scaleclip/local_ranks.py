@@ -28,7 +28,9 @@ _ENVIRONMENT = {
 _POLL_S = 0.02
 
 
-def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600, grace_s: float = 0.5) -> list[T]:
+def run_ranks(
+    job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600, grace_s: float = 0.5, fresh: bool = False
+) -> list[T]:
     """Each rank's `job(*args)`, in rank order, with one thread a rank and a gloo process group.
 
     Args:
@@ -37,13 +39,15 @@ def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: flo
         args: the job's.
         timeout_s: seconds that all may take.
         grace_s: seconds that the others have to end once one has failed.
+        fresh: start new interpreters, for jobs that must be the first to import something.
 
     Raises:
         ConfigError: the one that a rank raised.
         RunError: a rank failed in another way, which its traceback on stderr says, or they took more than `timeout_s`.
     """
-    _start_server()
-    context = multiprocessing.get_context("forkserver")
+    if not fresh:
+        _start_server()
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [context.Process(target=_rank_main, args=(job, rank, world_size, folder, args)) for rank in range(world_size)]
@@ -90,7 +94,7 @@ def _start_server() -> None:
 
 def _rank_main(job: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     # scaleclip.distributed asks for all of them; the file store takes the place of the address
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= _ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "0"}
     import torch
     import torch.distributed as dist

@@ -107,7 +107,11 @@ class TrainStep:
         return features, loss.detach()
 
     def _encode(self, inputs: _Inputs, step: int, first_pair: int) -> Features:
-        torch.manual_seed(int(hash64(self._seed, step, first_pair)[0]))
+        seed = int(hash64(self._seed, step, first_pair)[0])
+        # torch.manual_seed would also visit every backend, and takes as long as a small chunk
+        torch.default_generator.manual_seed(seed)
+        if inputs.pixels_BCHW.is_cuda:
+            torch.cuda.manual_seed(seed)
         return self._engine(inputs.pixels_BCHW, inputs.tokens_BT, inputs.seeds_B)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 # collectives of DeepSpeed's communication backend, with the place and the name of the argument that a rank puts in
-_REDUCING = {
+REDUCING = {
     "all_reduce": (0, "tensor"),
     "all_reduce_coalesced": (0, "tensors"),
     "reduce": (0, "tensor"),
     "reduce_scatter": (1, "input_list"),
     "reduce_scatter_tensor": (1, "input_tensor"),
 }
-_GATHERING = {
+GATHERING = {
     "all_gather": (1, "tensor"),
     "all_gather_into_tensor": (1, "input_tensor"),
     "all_gather_coalesced": (1, "input_tensors"),
@@ -28,7 +28,7 @@ class Traffic:
 
     def __init__(self, backend: Any) -> None:
         self._counts: Counter[str] = Counter()
-        for kind, methods in (("reduced", _REDUCING), ("gathered", _GATHERING)):
+        for kind, methods in (("reduced", REDUCING), ("gathered", GATHERING)):
             for name, (position, argument) in methods.items():
                 setattr(backend, name, self._counting(getattr(backend, name), kind, position, argument))
 

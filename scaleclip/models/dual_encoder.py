@@ -1,6 +1,7 @@
 """CLIP's dual encoder (arXiv:2103.00020): two towers, two projections, a learned scale and, for SigLIP, a bias.
 
-Dimensions: B samples, C channels, H W pixels, T tokens, E the shared embedding space, D a tower's width.
+Dimensions: B samples, C channels, H W pixels, R values of a row of pixels, T tokens, E the shared embedding space, D a
+tower's width.
 """
 
 import math
@@ -53,6 +54,8 @@ class DualEncoder(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         self.log_max_logit_scale = math.log(config.max_logit_scale)
         self._mean, self._std = config.image.mean, config.image.std
+        self._constants: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._row_constants(config.image.size, torch.device("cpu"))
 
     def forward(self, pixels_BCHW: Tensor, tokens_BT: tuple[Tensor, ...], seeds_B: Tensor | None = None) -> Features:
         """Features of a batch.
@@ -86,9 +89,23 @@ class DualEncoder(nn.Module):
         return {name: places.get(name, NO_TOWER) for name, _ in self.named_parameters()}
 
     def _normalise(self, pixels_BCHW: Tensor) -> Tensor:
-        # numbers, not buffers: casting the module to bf16 would round a buffer
-        channels = zip(pixels_BCHW.unbind(1), self._mean, self._std, strict=True)
-        return torch.stack([(channel_BHW.float() / 255 - mean) / std for channel_BHW, mean, std in channels], dim=1)
+        """fp32 pixels with the configured mean and standard deviation, channels last in memory."""
+        # a row's values, all channels, lie together: long vectors instead of three channels at a time
+        rows_BHR = pixels_BCHW.permute(0, 2, 3, 1).flatten(2).float()
+        scale_R, offset_R = self._row_constants(pixels_BCHW.shape[-1], pixels_BCHW.device)
+        num_images, _, height, width = pixels_BCHW.shape
+        return rows_BHR.mul_(scale_R).add_(offset_R).view(num_images, height, width, 3).permute(0, 3, 1, 2)
+
+    def _row_constants(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # kept here, not as buffers: casting the module to bf16 would round those
+        if (width, device) not in self._constants:
+            scale = [1 / (255 * std) for std in self._std]
+            offset = [-mean / std for mean, std in zip(self._mean, self._std, strict=True)]
+            self._constants[width, device] = (
+                torch.tensor(scale * width, device=device),
+                torch.tensor(offset * width, device=device),
+            )
+        return self._constants[width, device]
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

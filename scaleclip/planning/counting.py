@@ -127,7 +127,7 @@ def _fake_model(config: ModelConfig) -> Iterator[DualEncoder]:
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _ValuesUnknown():
+        with FakeTensorMode(allow_non_fake_inputs=True), _ValuesUnknown():  # type: ignore[no-untyped-call]
             yield model.to_empty(device="cpu").train()
     finally:
         if was_collecting:

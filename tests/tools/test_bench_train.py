@@ -123,7 +123,8 @@ def test_a_class_is_written_one_way_and_drawn_under_noise() -> None:
     here = batch.ids_B == repeated
     assert len(batch.tokens_BT[0][here].unique(dim=0)) == 1
     assert len(batch.tokens_BT[0].unique(dim=0)) == len(classes)
-    assert batch.tokens_BT[0].max() == 63 > BASE * DIGITS
+    for place in range(DIGITS):
+        assert batch.tokens_BT[0][:, 1 + place].unique().tolist() == list(range(1 + BASE * place, 1 + BASE * (place + 1)))
     images_ND = batch.pixels_BCHW[here].float().flatten(1)
     other_D = batch.pixels_BCHW[~here][0].float().flatten()
     within, between = (images_ND[0] - images_ND[1]).norm(), (images_ND[0] - other_D).norm()
@@ -212,6 +213,7 @@ def test_trainers_are_compared_round_by_round() -> None:
     for metric, ratio in ((records.RATIO, 2), (records.CPU_RATIO, 4), (records.BEST_RATIO, 1.5)):
         row = ours[metric]
         assert (row.p20, row.p50, row.p80) == pytest.approx((ratio, ratio, ratio))
+    assert figures(some_peers(), trainer=OURS, setting="medium")[records.RATIO].p50 == pytest.approx(1.5)
     assert ours["share of outside"].p50 == pytest.approx(0.05)
     assert ours["share of data"].p50 == pytest.approx(0.1)
     assert ours["backward of a step"].count == 6

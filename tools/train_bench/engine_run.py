@@ -17,7 +17,7 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config
 from scaleclip.engine import Engine
 from scaleclip.step import StepResult, TrainStep
-from scaleclip.traffic import _GATHERING, _REDUCING
+from scaleclip.traffic import GATHERING, REDUCING
 from train_bench.laps import Stopwatch
 from train_bench.pairs import Pairs
 from train_bench.points import (
@@ -172,7 +172,7 @@ def _watched_engine(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         stack.enter_context(patch.object(torch.autograd, "backward", loss_backward))
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, watch.timed(getattr(owner, name), part)))
-        for kind, names in ((REDUCE, _REDUCING), (GATHER, _GATHERING)):
+        for kind, names in ((REDUCE, REDUCING), (GATHER, GATHERING)):
             for name in names:
                 stack.enter_context(patch.object(backend, name, _timed_work(getattr(backend, name), watch, kind)))
         yield

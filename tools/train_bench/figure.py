@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from train_bench.points import OURS, PARTS
+from train_bench.points import OPEN_CLIP, OURS, PARTS
 from train_bench.records import RATE, RATIO, Row, points
 
 matplotlib.use("Agg")  # no display is needed
@@ -35,22 +35,30 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_peers(axis: Any, rows: Sequence[Row]) -> None:
-    found = points(rows)
-    names = [f"{row.towers} from {row.source}\n{row.setting}, {row.precision}" for row in (point[RATE] for point in found)]
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    for point, name in zip(found, names, strict=True):
-        row, is_ours = point[RATE], point[RATE].trainer == OURS
-        at = places[name] + (-0.2 if is_ours else 0.2)
-        error = [[row.p50 - row.p20], [row.p80 - row.p50]]
-        axis.bar(at, row.p50, 0.38, color=_COLOURS[0 if is_ours else 1], yerr=error, capsize=3)
-        said = f"{row.p50:,.0f}" + (f"\n{point[RATIO].p50:.2f}x" if RATIO in point else "")
-        axis.annotate(said, (at, row.p80), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axis.set_xticks(list(places.values()), list(places), fontsize=8)
+    """Rates relative to the peer's at the same setting: towers differ by orders of magnitude."""
+    found = {(_comparison(point[RATE]), point[RATE].trainer): point for point in points(rows)}
+    names = list(dict.fromkeys(name for name, _ in found))
+    for (name, trainer), point in found.items():
+        row, is_ours = point[RATE], trainer == OURS
+        unit = found[name, OPEN_CLIP][RATE].p50
+        at = names.index(name) + (-0.2 if is_ours else 0.2)
+        error = [[(row.p50 - row.p20) / unit], [(row.p80 - row.p50) / unit]]
+        axis.bar(at, row.p50 / unit, 0.38, color=_COLOURS[0 if is_ours else 1], yerr=error, capsize=3)
+        said = f"{row.p50:,.4g}/s" + (f"\n{point[RATIO].p50:.2f}x" if RATIO in point else "")
+        axis.annotate(said, (at, row.p80 / unit), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.margins(y=0.18)
-    axis.set_ylabel("pairs a second")
+    axis.set_ylabel("pairs a second, times the peer's median")
     axis.set_title("scaleclip (left) and open_clip (right)", loc="left", fontsize=10)
     axis.grid(visible=True, axis="y", alpha=0.3)
     axis.set_axisbelow(True)
+
+
+def _comparison(row: Row) -> str:
+    """What both trainers of a comparison have in common, said short."""
+    lines = [f"{row.towers}, {row.global_batch}", f"from {row.source}", f"{row.setting}, {row.precision}"]
+    lines += [f"{row.threads} threads", f"ZeRO-{row.stage}"]
+    return "\n".join([*lines, *([f"{row.workers} loaders"] if row.source == "shards" else [])])
 
 
 def _draw_losses(axis: Any, rows: Sequence[Row]) -> None:
@@ -74,8 +82,12 @@ def _draw_steps(axis: Any, rows: Sequence[Row]) -> None:
         if any(lengths):
             axis.barh(range(len(found)), lengths, left=left, color=_COLOURS[number], label=part)
         left = [begin + length for begin, length in zip(left, lengths, strict=True)]
-    names = [f"ZeRO-{row.stage}, {row.reduce_gradients}, {row.micro_batch}" for row in (point[RATE] for point in found)]
+    names = [
+        f"ZeRO-{row.stage}, {row.reduce_gradients}: {row.global_batch:,} = {row.world} x {row.micro_batch} x "
+        f"{row.global_batch // row.world / row.micro_batch:g}"
+        for row in (point[RATE] for point in found)
+    ]
     axis.set_yticks(range(len(found)), names, fontsize=8)
     axis.set_xlabel("milliseconds a step, medians by part")
-    axis.set_title(f"{rows[0].global_batch} pairs on {rows[0].world} ranks, by micro batch", loc="left", fontsize=10)
+    axis.set_title("pairs = ranks x micro batch x chunks, by ZeRO stage and reduction", loc="left", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
