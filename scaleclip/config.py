@@ -114,7 +114,7 @@ class DataConfig(Section):
     workers: int = Field(default=4, ge=0)
     """Loader processes a rank; 0 reads in the training process."""
     prefetch_batches: int = Field(default=2, ge=1)
-    """Batches that each loader process prepares ahead."""
+    """Batches, or chunks of one where `train.micro_batch` cuts it, that each loader process prepares ahead."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -263,6 +263,10 @@ class TrainConfig(Section):
     deepspeed: Mapping[str, Any] = Field(default_factory=dict)
     """Laid over the DeepSpeed configuration that is derived from the rest (`scaleclip config --deepspeed` shows it)."""
 
+    def share(self, world_size: int) -> int:
+        """Pairs of a step on each of so many ranks; on the last ones some may be missing."""
+        return -(-self.global_batch // world_size)
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
@@ -281,10 +285,10 @@ class CheckpointConfig(Section):
 
 class GuardConfig(Section):
     max_bad_steps: int = Field(default=5, ge=1)
-    """Steps in a row with a loss or a gradient that is not finite, each skipped by all ranks, after which the run goes back to
-    the last checkpoint and leaves those batches out; a second time ends it."""
+    """Steps in a row, up to a log step, with a loss or a gradient that is not finite, each left out by all ranks, after which
+    the run goes back to the last checkpoint and leaves out the batches since; failing again before a new one ends it."""
     hang_timeout_s: float = Field(default=1800.0, gt=0)
-    """Seconds without a step after which every rank writes its stacks to its log and ends."""
+    """Seconds without a step after which every rank writes its stacks beside its log and ends."""
 
 
 class MetricsConfig(Section):

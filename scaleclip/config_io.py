@@ -31,6 +31,8 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.prefetch_batches",
     "data.max_bad_fraction",
+    # a checkpoint has these weights
+    "model.*.pretrained",
     "loss.schedule",
     "loss.backend",
     "train.micro_batch",
@@ -107,6 +109,12 @@ def json_schema() -> str:
 def known_keys() -> list[str]:
     """Every dotted key that a configuration may set."""
     return [key for key, _ in _fields(RunConfig, "")]
+
+
+def origin(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What decides a run's updates, by dotted key, with what its data is: a checkpoint of another origin is another run's."""
+    flat = _flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if not _is_free(key)} | {"data": data_fingerprint}
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

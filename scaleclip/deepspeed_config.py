@@ -21,6 +21,7 @@ _DERIVED = {
     "scheduler": "optim",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "torch_autocast": "train.precision",
     "zero_optimization.stage": "train.zero_stage",
     "zero_optimization.offload_optimizer": "train.offload_optimizer",
     "zero_optimization.offload_param": "train.offload_parameters",
@@ -46,7 +47,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     if train.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": -(-train.global_batch // world_size),
+        "train_micro_batch_size_per_gpu": train.share(world_size),
         "gradient_accumulation_steps": 1,
         # DeepSpeed reads the norm of the gradients on the host at every step; Engine.step leaves it on the device
         "gradient_clipping": 0.0,

@@ -4,9 +4,9 @@ Precision: the model stays fp32, and bf16 and fp16 runs compute under autocast. 
 that the model sees, the logarithm of the logit scale among them (a scale near 100 then moves in steps of 3 %), and save no
 memory once gradients accumulate in fp32. tests/test_engine.py holds the two against each other.
 
-Nothing here reads from the device: the norm of the gradients, the clip, the decision to skip a step that is not finite and
-fp16's loss scale stay there, as arguments of the fused AdamW. DeepSpeed's own norm and overflow checks, which read them on the
-host at every step, are switched off.
+Nothing here reads from the device, unless the optimizer's state is the host's (`train.offload_optimizer`): the norm of the
+gradients, the clip, the decision to skip a step that is not finite and fp16's loss scale stay there, as arguments of the fused
+AdamW. DeepSpeed's own norm and overflow checks, which read them on the host at every step, are switched off.
 """
 
 import contextlib
@@ -67,6 +67,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._model_config, self._device = config.train, config.model, world.device
+        self._step_device = torch.device("cpu") if config.train.offload_optimizer else world.device
         self._clip_norm = config.optim.clip_norm
         settings = deepspeed_config(config, world.size)
         self.model = _build_model(config, settings, world)
@@ -95,7 +96,7 @@ class Engine:
     @contextlib.contextmanager
     def one_step(self, num_backwards: int) -> Iterator[None]:
         """Around the backward passes of an optimizer step, of which there are `num_backwards`."""
-        once = num_backwards > 1 and self._config.reduce_gradients == "step"
+        once = num_backwards > 1 and self._config.zero_stage >= 2 and self._config.reduce_gradients == "step"
         with self._ds.coalesce_grad_reduction() if once else contextlib.nullcontext():
             yield
 
@@ -112,13 +113,16 @@ class Engine:
         scale, found_inf = self.loss_scale, skip.float()
         if self._clip_norm:
             scale = scale * ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
-        bad = skip & ~(loss.isfinite() & (self.loss_scale > 1)) if fp16 else skip
-        # the fused AdamW divides gradients by the one and does nothing where the other is 1
-        vars(self._adamw).update(grad_scale=scale, found_inf=found_inf)
+        overflow = skip & loss.isfinite() & fp16
+        bad = skip & ~(overflow & (self.loss_scale > 1))
+        # the fused AdamW divides gradients by the one and does nothing where the other is 1; on the host it reads them at once
+        vars(self._adamw).update(grad_scale=scale.to(self._step_device), found_inf=found_inf.to(self._step_device))
         set_learning_rate(self._adamw, lr)
         self._ds.step()
         if fp16:
-            torch._amp_update_scale_(self.loss_scale, self._good_steps, found_inf, 2.0, 0.5, _LOSS_SCALE_GROWTH_STEPS)
+            growth = (2.0, 0.5, _LOSS_SCALE_GROWTH_STEPS)
+            torch._amp_update_scale_(self.loss_scale, self._good_steps, overflow.float(), *growth)
+            self.loss_scale.clamp_(min=1.0)
         return StepOutcome(norm, bad)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -182,6 +186,9 @@ class Engine:
         if self._zero is None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         elif self._config.offload_optimizer:
+            if self._device.type == "cuda":
+                # for DeepSpeed's copies of gradients to the host, which are on their way
+                torch.cuda.synchronize(self._device)
             # sums of squares over a block each: over millions of elements the CPU's would lose digits
             whole = [master.grad for master in self._masters() if master.grad is not None]
             gradients = [block for gradient in whole for block in torch.split(gradient, _NORM_BLOCK)]
@@ -251,7 +258,9 @@ def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> D
     """
     torch.manual_seed(config.run.seed)
     if config.train.zero_stage < 3:
-        return DualEncoder(config.model).to(world.device)
+        with all_or_none():
+            model = DualEncoder(config.model)
+        return model.to(world.device)
     with all_or_none(), contextlib.nullcontext() if world.is_main else torch.device("meta"):
         model = DualEncoder(config.model)
     init = deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 
 from scaleclip import distributed
 from scaleclip.config import RunConfig
+from scaleclip.config_rules import validate
 from scaleclip.distributed import World
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.planning.memory import DeviceType, largest_micro_batch, step_memory
@@ -26,12 +27,13 @@ def choose_micro_batch(config: RunConfig, world: World) -> int:
     Raises:
         ConfigError: not even one pair fits.
     """
-    share = -(-config.train.global_batch // world.size)
+    share = config.train.share(world.size)
     if config.train.micro_batch != "auto":
         return min(config.train.micro_batch, share)
     device = _kind(world)
     budget_bytes = min(distributed.gather_objects(int(_free_bytes(world) * _USABLE[device])))
-    most = largest_micro_batch(config, world.size, budget_bytes, device)
+    with distributed.all_or_none():
+        most = largest_micro_batch(config, world.size, budget_bytes, device)
     if most == 0:
         raise ConfigError(
             f"train.micro_batch=auto: not even one pair at once fits {_gib(budget_bytes)} a rank; {_advice(config, world)}"
@@ -56,7 +58,9 @@ def explain_full_memory(config: RunConfig, world: World, micro_batch: int) -> It
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        # errors that quote another rank's are of other types
+        on_the_host = type(error) is RuntimeError and "can't allocate memory" in str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not on_the_host:
             raise
         needed = step_memory(config, world.size, micro_batch, _kind(world)).total
         raise RunError(
@@ -75,7 +79,12 @@ def _advice(config: RunConfig, world: World) -> str:
             continue
         train = config.train.model_copy(update={"zero_stage": stage})
         model = config.model.model_copy(update={"activation_checkpointing": checkpointing})
-        most = largest_micro_batch(config.model_copy(update={"train": train, "model": model}), world.size, budget_bytes, device)
+        changed = config.model_copy(update={"train": train, "model": model})
+        try:
+            validate(changed, world.size)
+            most = largest_micro_batch(changed, world.size, budget_bytes, device)
+        except ConfigError:  # a tower that cannot recompute, a stage that does not go with another setting
+            continue
         if most:
             keys = [f"train.micro_batch={most}"]
             keys += [f"train.zero_stage={stage}"] if stage != config.train.zero_stage else []

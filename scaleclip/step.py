@@ -59,7 +59,7 @@ class TrainStep:
     def __init__(self, engine: Engine, config: RunConfig, world: World, micro_batch: int) -> None:
         self._engine, self._loss, self._seed = engine, config.loss, config.run.seed
         self._copies = _Copies(world.device)
-        share = -(-config.train.global_batch // world.size)
+        share = config.train.share(world.size)
         self._first_pairs = range(world.rank * share, (world.rank + 1) * share, micro_batch)
 
     @property
@@ -76,7 +76,7 @@ class TrainStep:
             if self.num_chunks == 1:
                 features, loss = self._one_pass(next(chunks), step)
             else:
-                features, loss = self._two_passes([next(chunks) for _ in self._first_pairs], step)
+                features, loss = self._two_passes(chunks, step)
         outcome = self._engine.step(loss, lr)
         return StepResult(loss, outcome.grad_norm, features.logit_scale.detach(), outcome.bad)
 
@@ -87,11 +87,14 @@ class TrainStep:
         self._engine.backward(loss, last=True)
         return features, loss.detach()
 
-    def _two_passes(self, chunks: list[Batch], step: int) -> tuple[Features, Tensor]:
-        cached: list[Features] = []
+    def _two_passes(self, batches: Iterator[Batch], step: int) -> tuple[Features, Tensor]:
+        chunks, cached = list[Batch](), list[Features]()
         ids, valid = list[Tensor](), list[Tensor]()
         with torch.no_grad():
-            for inputs, first_pair in zip(map(self._copies, chunks), self._first_pairs, strict=True):
+            for first_pair in self._first_pairs:
+                # one by one: the loader prepares the next while this one is encoded
+                chunks.append(next(batches))
+                inputs = self._copies(chunks[-1])
                 cached.append(self._encode(inputs, step, first_pair))
                 ids.append(inputs.ids_B)
                 valid.append(inputs.valid_B)

@@ -10,8 +10,10 @@ import torch
 
 from scaleclip import distributed
 from scaleclip.checkpoint.checkpointer import Checkpointer
+from scaleclip.checkpoint.folders import saved
 from scaleclip.checkpoint.state import TrainState
 from scaleclip.config import RunConfig
+from scaleclip.config_io import origin
 from scaleclip.config_rules import validate
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
@@ -75,7 +77,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     micro_batch = choose_micro_batch(config, world)
     with distributed.all_or_none():
         dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size, micro_batch)
-    share, steps = -(-config.train.global_batch // world.size), config.train.steps
+    share, steps = config.train.share(world.size), config.train.steps
     for source in sources:
         quota = dataset.quota(source.name)
         log.info(
@@ -85,11 +87,14 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     in_chunks = "" if dataset.num_chunks == 1 else f", each in {dataset.num_chunks} chunks of up to {micro_batch:,}"
     log.info(f"global batch {config.train.global_batch:,} = {world.size} x {share:,} pairs{in_chunks}; {steps:,} steps")
 
+    # weights that a checkpoint has need not be read from elsewhere first
+    resumes = distributed.gather_objects(bool(saved(folder)))[0]
+    model = config.model.without_pretrained() if resumes else config.model
     with explain_full_memory(config, world, micro_batch):
-        engine = Engine(config, world)
+        engine = Engine(config.model_copy(update={"model": model}), world)
+        checkpointer = Checkpointer(folder, world, engine.shard, config.checkpoint, origin(config, fingerprint(sources)))
     step_flops = 3 * share * count_flops(config.model, config.data).forward
     take_step = TrainStep(engine, config, world, micro_batch)
-    checkpointer = Checkpointer(folder, world, engine.shard, config.checkpoint)
     state = checkpointer.load_newest() or TrainState()
     engine.refresh()
     state.world_size, state.zero_stage = world.size, config.train.zero_stage
@@ -109,6 +114,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     samples_an_epoch = sum(source.manifest.num_samples for source in sources)
     bad_steps, stop = BadSteps(config.guard.max_bad_steps), StopSignal()
     went_back_to: int | None = None
+    save_is_due = False
     interval_start, logged_step = time.perf_counter(), state.step
     engine.model.train()
     try:
@@ -185,7 +191,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                 checkpointer.poll()
                 if bad_steps.too_many and not signals:
                     with watchdog.paused():
-                        previous = checkpointer.load_newest()
+                        previous = checkpointer.load_newest(ask_mirror=False)
                     state = _go_back(state, previous, went_back_to, config)
                     went_back_to = state.step
                     engine.refresh()
@@ -194,8 +200,12 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                     with distributed.all_or_none():
                         if metrics:
                             metrics.rewind(state.step)
+                    save_is_due, interval_start, logged_step = False, time.perf_counter(), state.step
+                    continue
+                save_is_due |= save_now
                 # what failing steps leave behind is no good place to go back to
-                elif signals or last or (save_now and not bad_steps.in_a_row):
+                if signals or last or (save_is_due and not bad_steps.in_a_row):
+                    save_is_due = False
                     with watchdog.paused():
                         checkpointer.save(state)
                 if signals and not last:
@@ -253,7 +263,7 @@ def _go_back(failed: TrainState, previous: TrainState | None, went_back_to: int 
         f"{config.guard.max_bad_steps} bad steps in a row up to {failed.step}: back to step {previous.step}, leaving out the "
         f"{left_out - previous.batches_left_out} batches since"
     )
-    return replace(previous, batches_left_out=left_out, bad_steps=failed.bad_steps, train_s=failed.train_s)
+    return replace(failed, step=previous.step, samples=previous.samples, faults=previous.faults, batches_left_out=left_out)
 
 
 def _check_same_shards(sources: Sequence[Source]) -> None:

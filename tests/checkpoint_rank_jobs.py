@@ -41,7 +41,7 @@ def save(folder: Path, layout: str, seed: int, step: int) -> None:
     """Save make_whole(seed) as `layout` cuts it."""
     world = distributed.init()
     shard = LAYOUTS[layout](make_whole(seed), world.rank, world.size)
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig())
+    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
     checkpointer.save(TrainState(step=step, world_size=world.size))
     checkpointer.finish()
 
@@ -51,7 +51,7 @@ def load(folder: Path, layout: str, seed: int) -> Any:
     world = distributed.init()
     expected = LAYOUTS[layout](make_whole(seed), world.rank, world.size)
     shard = blank(expected)
-    state = Checkpointer(folder, world, lambda: shard, CheckpointConfig()).load_newest()
+    state = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {}).load_newest()
     assert_equal(shard, expected)
     return state
 
@@ -61,7 +61,7 @@ def save_on_a_full_disk(folder: Path, full_rank: int) -> tuple[str, bool]:
     world = distributed.init()
     whole = make_whole(0, {"weight": (100, 100)})
     shard, before = (LAYOUTS["cut each"](whole, world.rank, world.size) for _ in range(2))
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig())
+    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
     checkpointer.save(TrainState(step=1))
     checkpointer.finish()
     if world.rank == full_rank:
@@ -82,7 +82,7 @@ def verify_shares(folder: Path) -> list[str]:
     world = distributed.init()
     shard = blank(LAYOUTS["cut each"](make_whole(0), world.rank, world.size))
     with mock.patch.object(checkpointer_module, "first_fault", wraps=first_fault) as watched:
-        Checkpointer(folder, world, lambda: shard, CheckpointConfig()).load_newest()
+        Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {}).load_newest()
     return [name for call in watched.call_args_list for name in call.args[1]]
 
 
@@ -93,7 +93,7 @@ def _one_element(value: float) -> Shard:
 def save_one_element(folder: Path) -> None:
     """Save a state with fewer elements than ranks."""
     shard = _one_element(5.0)
-    checkpointer = Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig())
+    checkpointer = Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig(), {})
     checkpointer.save(TrainState(step=1))
     checkpointer.finish()
 
@@ -101,5 +101,5 @@ def save_one_element(folder: Path) -> None:
 def load_one_element(folder: Path) -> float:
     """The element's value."""
     shard = _one_element(0.0)
-    Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig()).load_newest()
+    Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig(), {}).load_newest()
     return shard.fragments[0].tensors["weight"].item()

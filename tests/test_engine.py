@@ -42,7 +42,7 @@ SELDOM = [
     ["train.zero_stage=1", "train.offload_optimizer=true", "train.micro_batch=2"],
     ["train.zero_stage=2", "train.reduce_gradients=step", "train.micro_batch=2"],
     ["train.zero_stage=2", "train.offload_optimizer=true"],
-    ["train.zero_stage=3", "train.offload_optimizer=true", "train.offload_parameters=true"],
+    ["train.zero_stage=3", "train.offload_optimizer=true", "train.offload_parameters=true", "train.micro_batch=2"],
 ]
 
 
@@ -72,6 +72,12 @@ def test_fp16_finds_a_loss_scale_that_fits(tiny_config_path):
         assert 0 < sum(overflows) < 8
         assert result["steps_of_adam"][-1] == 8 - sum(overflows)
         assert [not math.isfinite(norm) for norm in result["norms"]] == overflows
+
+
+def test_an_fp16_loss_that_is_no_number_leaves_the_loss_scale_alone(tiny_config_path):
+    [[result]] = run_ranks(run_steps_of_each, 1, tiny_config_path, [["train.precision=fp16"]], 3, 1e-3, 1)
+    assert result["bad"] == [False, True, False]
+    assert result["loss_scales"][1] == result["loss_scales"][0]
 
 
 def test_bf16_steps_are_bf16_and_follow_fp32(tiny_config_path):

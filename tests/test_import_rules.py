@@ -34,15 +34,15 @@ MAY_IMPORT = {
     "engine": {"checkpoint", "config", "deepspeed_config", "distributed", "models", "optim", "traffic"},
     "step": {"config", "data", "distributed", "engine", "losses", "models"},
     "planning": {"config", "config_rules", "deepspeed_config", "models"},
-    "fit": {"config", "distributed", "planning"},
+    "fit": {"config", "config_rules", "distributed", "planning"},
     "evaluation": {"config", "data", "distributed", "models"},
     "equivalence": {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "models", "optim", "scaleclip_kernels", "step",
     },
     "report": {"evaluation", "metrics"},
     "train": {
-        "checkpoint", "config", "config_rules", "data", "distributed", "engine", "evaluation", "fit", "guard", "losses",
-        "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "step",
+        "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "engine", "evaluation", "fit", "guard",
+        "losses", "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "step",
     },
     "cli": {
         "checkpoint", "config", "config_io", "data", "data_cli", "deepspeed_config", "equivalence_cli", "evaluation", "models",

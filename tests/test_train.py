@@ -287,11 +287,12 @@ def test_two_ranks_by_the_command_stop_on_ctrl_c_and_go_on(tiny_config_path, tmp
 
 
 def test_a_finished_run_is_left_alone(tiny_config_path, undisturbed):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")}
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "checkpoints").rglob("*")}
+    assert len(before) > 5
     output = run("train", tiny_config_path, f"run.folder={undisturbed}", SPLITS)
     assert "is finished: nothing to do" in " ".join(output.split())
     assert "image -> text R@1" in output
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")} == before
+    assert {path: path.stat().st_mtime_ns for path in (undisturbed / "checkpoints").rglob("*")} == before
 
 
 def test_eval_gives_the_figures_of_the_runs_end(undisturbed):
@@ -377,7 +378,10 @@ GUARDED = ["guard.max_bad_steps=3", "optim.clip_norm=0.5", "loss.duplicates=nega
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_steps_in_a_row_send_the_run_back_and_their_batches_are_left_out(tiny_config, tmp_path, world_size):
     """Steps 6 to 8 fail: back to 4, on with batch 8 as step 5."""
-    run_ranks(train_with_bad_steps, world_size, str(tiny_config), GUARDED, [6, 7, 8])
+    more = ["data.workers=1", "eval.every_steps=4", SPLITS, f"checkpoint.mirror={tmp_path}/mirror"]
+    run_ranks(train_with_bad_steps, world_size, str(tiny_config), [*GUARDED, *more], [6, 7, 8])
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [4, 8, 12]
     folder = tmp_path / "run"
     assert [row["step"] for row in rows(folder)] == list(range(1, 13))
     assert [row["bad_steps"] for row in rows(folder)] == [0] * 4 + [3] * 8
@@ -397,6 +401,11 @@ def test_a_bad_step_alone_is_left_out_and_recorded(tiny_config, tmp_path):
     assert [row["step"] for row in rows(folder) if row["loss"] is None] == [2, 6, 7]
     assert [row["bad_steps"] for row in rows(folder)] == [0] + [1] * 4 + [2] + [3] * 6
     assert read_state(newest(folder)).batches_left_out == 0
+
+
+def test_a_save_that_falls_on_a_bad_step_is_made_after_it(tiny_config, tmp_path):
+    run_ranks(train_with_bad_steps, 1, str(tiny_config), [*GUARDED, "checkpoint.keep=9"], [4, 8, 9])
+    assert [read_state(path).step for path in saved(tmp_path / "run")] == [5, 10, 12]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,14 +33,14 @@ from scaleclip.checkpoint.folders import (
     step_name,
     write_durable,
 )
-from scaleclip.checkpoint.mirror import Mirror
+from scaleclip.checkpoint.mirror import STANDSTILL_S, Mirror
 from scaleclip.checkpoint.rank_file import Piece, rank_file, read_pieces
 from scaleclip.checkpoint.shard import Shard, share
 from scaleclip.checkpoint.snapshot import Snapshot
 from scaleclip.checkpoint.state import STATE, TrainState, encode, read_state
 from scaleclip.config import CheckpointConfig
 from scaleclip.distributed import World, all_or_none, any_rank, gather_objects, raise_together
-from scaleclip.errors import RunError
+from scaleclip.errors import ConfigError, RunError
 
 # work may take longer than a rank may wait in a collective
 _LOOK_S = 1.0
@@ -66,17 +67,20 @@ class Checkpointer:
         world: this rank.
         shard: what this rank holds, as views of the live state; the layout is always the same.
         config: when old checkpoints are deleted, and the mirror.
+        origin: what the run is, see TrainState.
 
     Raises:
         ConfigError: fsspec does not know the mirror's place.
         RuntimeError, MemoryError: the host has no room for a copy of the shard.
     """
 
-    def __init__(self, folder: Path, world: World, shard: Callable[[], Shard], config: CheckpointConfig) -> None:
-        self._folder, self._world, self._shard, self._config = folder, world, shard, config
+    def __init__(
+        self, folder: Path, world: World, shard: Callable[[], Shard], config: CheckpointConfig, origin: dict[str, Any]
+    ) -> None:
+        self._folder, self._world, self._shard, self._config, self._origin = folder, world, shard, config, origin
         self._pending: _Pending | None = None
         with all_or_none():
-            self._mirror = Mirror(config.mirror, config.keep) if config.mirror and world.is_main else None
+            self._mirror = Mirror(config.mirror, config.keep, origin) if config.mirror and world.is_main else None
             self._snapshot = Snapshot(share(shard().fragments, world.rank, world.size), world.device)
 
     @property
@@ -101,7 +105,7 @@ class Checkpointer:
         once: dict[str, bytes] = {}
         if self._world.is_main:
             scalars = {name: scalar.cpu() for name, scalar in shard.scalars.items()}
-            once = {loading.SCALARS: safetensors.torch.save(scalars), STATE: encode(state)}
+            once = {loading.SCALARS: safetensors.torch.save(scalars), STATE: encode(replace(state, origin=self._origin))}
         self._pending = _Pending(path, begin(lambda: self._write(partial(path), once)), is_publishing=False)
 
     def poll(self) -> None:
@@ -122,13 +126,16 @@ class Checkpointer:
         self._settle()
         if self._config.mirror is None:
             return
+        newest = saved(self._folder)[-1:]
+        if self._mirror and newest:
+            self._mirror.offer(newest[0])  # one that a start before did not send; what is there already is skipped
         goes_on = self._mirror.drain() if self._mirror else lambda: False
         while any_rank(goes_on()):
             time.sleep(_MIRROR_LOOK_S)
         if self._mirror and self._mirror.missing:
             log.warning("%s is not in checkpoint.mirror=%s: copy it there", self._mirror.missing, self._config.mirror)
 
-    def load_newest(self) -> TrainState | None:
+    def load_newest(self, *, ask_mirror: bool = True) -> TrainState | None:
         """Fill the shard from the newest whole checkpoint and return its state; None when the run has no checkpoint at all.
 
         1. Files of a save or a fetch that was cut short are deleted.
@@ -145,10 +152,13 @@ class Checkpointer:
                 remove_partial(self._folder)
         candidates: list[Path] = gather_objects(saved(self._folder))[0]
         path = next((path for path in reversed(candidates) if self._is_whole(path)), None)
-        if self._config.mirror is not None:
+        if self._config.mirror is not None and ask_mirror:
             path = self._fetch_newer(path)
         if path is None and candidates:
-            raise RunError(f"all checkpoints in {checkpoints(self._folder)} are damaged: delete them to start afresh")
+            raise RunError(
+                f"all checkpoints in {checkpoints(self._folder)} are damaged, or not every node sees them: see the warnings "
+                f"before this, and delete them to start afresh"
+            )
         if path is None:
             return None
         with all_or_none():
@@ -159,8 +169,6 @@ class Checkpointer:
             loading.fill(self._shard(), path, pieces)
             state = read_state(path)
         log.info("going on from %s, saved by %d ranks with train.zero_stage=%d", path, state.world_size, state.zero_stage)
-        if self._mirror:
-            self._mirror.offer(path)
         return state
 
     def _write(self, folder: Path, once: dict[str, bytes]) -> dict[str, str]:
@@ -231,23 +239,29 @@ class Checkpointer:
         """The mirror's newest whole checkpoint, brought here, where it is newer than `path`; else `path`."""
         root, mirror = checkpoints(self._folder), self._mirror
         work: Future[Path | None] = begin(lambda: mirror.fetch_newer(root, path)) if mirror else finished(None)
-        _wait_together(work)
+        if not _wait_together(work, None if path is None else STANDSTILL_S):
+            log.warning("checkpoint.mirror=%s does not answer: going on without it", self._config.mirror)
+            return path
         error = failure(work)
-        if error is not None and path is not None:
+        if isinstance(error, ConfigError):
+            pass  # it is another run's
+        elif error is not None and path is not None:
             log.warning("checkpoint.mirror=%s cannot be read (%s): going on without it", self._config.mirror, error)
         elif error is not None:
             error = RunError(
                 f"checkpoint.mirror={self._config.mirror} cannot be read ({type(error).__name__}: {error}), and no whole "
                 f"checkpoint is here: whether one is there is unknown; check address and credentials, or unset the key"
             )
-        raise_together(error if path is None else None)
+        raise_together(error if path is None or isinstance(error, ConfigError) else None)
         fetched: Path | None = gather_objects(None if error else work.result())[0]
         return fetched or path
 
 
-def _wait_together(work: "Future[Any]") -> None:
-    """Wait until the work of every rank is done."""
-    while True:
+def _wait_together(work: "Future[Any]", most_s: float | None = None) -> bool:
+    """Wait until the work of every rank is done; False where that takes longer than `most_s`."""
+    end_s = None if most_s is None else time.monotonic() + most_s
+    while any_rank(not work.done()):
+        if any_rank(end_s is not None and time.monotonic() > end_s):
+            return False
         wait([work], _LOOK_S)
-        if not any_rank(not work.done()):
-            return
+    return True

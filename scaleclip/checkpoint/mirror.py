@@ -4,12 +4,13 @@ A checkpoint there has the files that it has here. `checksums.json` is the last 
 one. A fetched file must have the checksum that it says.
 """
 
+import json
 import logging
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +19,14 @@ from fsspec.callbacks import Callback
 
 from scaleclip.checkpoint.background import begin
 from scaleclip.checkpoint.folders import CHECKSUMS, first_fault, flush, parse_checksums, partial, publish
+from scaleclip.checkpoint.state import STATE, differing
 from scaleclip.errors import ConfigError
 
 T = TypeVar("T")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _FETCH_TRIES = 4
-_STANDSTILL_S = 120.0
+STANDSTILL_S = 120.0
+"""After which a place that does not move is not waited for."""
 
 log = logging.getLogger("scaleclip")
 
@@ -34,17 +37,18 @@ class Mirror:
     Args:
         url: the place.
         keep: newest checkpoints kept there.
+        origin: the run's own, see TrainState.
 
     Raises:
         ConfigError: fsspec does not know such a place.
     """
 
-    def __init__(self, url: str, keep: int) -> None:
+    def __init__(self, url: str, keep: int, origin: Mapping[str, Any]) -> None:
         try:
             self._system, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"checkpoint.mirror={url}: {error}; name a folder, or a URL such as s3://bucket/run") from None
-        self._url, self._keep = url, keep
+        self._url, self._keep, self._origin = url, keep, origin
         self.failures = 0
         """Tries to send a checkpoint that failed."""
         self.sending: Path | None = None
@@ -67,7 +71,7 @@ class Mirror:
     def drain(self) -> Callable[[], bool]:
         """A function that says whether waiting for what was offered makes sense: False when it is sent, or nothing moves."""
         asked_at = time.monotonic()
-        return lambda: self._is_serving and time.monotonic() - max(asked_at, self._moved_at) < _STANDSTILL_S
+        return lambda: self._is_serving and time.monotonic() - max(asked_at, self._moved_at) < STANDSTILL_S
 
     @property
     def missing(self) -> Path | None:
@@ -78,9 +82,12 @@ class Mirror:
         """Fetch the newest checkpoint there that is whole and newer than `than`, under its name in `root`; None if none is.
 
         Raises:
+            ConfigError: the checkpoints there are another run's.
             Exception: what fsspec raises where the place cannot be read, OSError where `root` cannot be written.
         """
-        for name in reversed(self._saved()):
+        names = self._saved()
+        self._check_is_this_run(names)
+        for name in reversed(names):
             if than is not None and name <= than.name:
                 break
             fault = self._fetch(root / name)
@@ -89,6 +96,18 @@ class Mirror:
                 return root / name
             log.warning("%s/%s is damaged (%s): passed over", self._url, name, fault)
         return None
+
+    def _check_is_this_run(self, names: Sequence[str]) -> None:
+        name = next((name for name in reversed(names) if self._checksums(name) is not None), None)
+        if name is None:
+            return
+        theirs = json.loads(self._system.cat_file(f"{self._at(name)}/{STATE}")).get("origin", {})
+        keys = differing(self._origin, theirs)
+        if keys:
+            raise ConfigError(
+                f"checkpoint.mirror={self._url} holds another run's checkpoints ({', '.join(keys)} differ there): name another "
+                f"place"
+            )
 
     def _serve(self) -> None:
         pause_s = _FIRST_PAUSE_S

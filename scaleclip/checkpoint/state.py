@@ -4,8 +4,10 @@ There is no random state: order, augmentation and dropout are functions of the s
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scaleclip.errors import RunError
 
@@ -32,11 +34,18 @@ class TrainState:
     """Ranks that saved, for people: any number of ranks loads."""
     zero_stage: int = 0
     """ZeRO stage that saved, for people: any stage loads."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What decides the run's updates, by configuration key: tells its checkpoints from another run's."""
 
     @property
     def batch(self) -> int:
         """Number of the next global batch."""
         return self.step + self.batches_left_out
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Keys that both origins have, with different values: another version of scaleclip may know more of them or fewer."""
+    return [key for key, value in theirs.items() if key in ours and ours[key] != value]
 
 
 def encode(state: TrainState) -> bytes:

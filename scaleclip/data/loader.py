@@ -5,6 +5,7 @@ caption choice are seeded by (seed, epoch, sample), so a run resumes by asking f
 used stays in its place, marked invalid, and is counted by source and cause.
 """
 
+import gc
 import hashlib
 import logging
 import os
@@ -383,4 +384,5 @@ def _start_worker(worker: int) -> None:
     # time for the training process to save; then the alarm ends a worker that nobody needs any more
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.enable()  # which the training process leaves to its log steps
     torch.set_num_threads(1)

@@ -49,9 +49,7 @@ def shrink(config: RunConfig) -> Shrunk:
         ConfigError: a tower cannot be built as configured.
     """
     model, loss, train = config.model, config.loss, config.train
-    fresh = model.model_copy(
-        update={name: getattr(model, name).model_copy(update={"pretrained": None}) for name in ("image", "text")}
-    )
+    fresh = model.without_pretrained()
     with torch.device("meta"):
         whole = DualEncoder(fresh)
         towers = {

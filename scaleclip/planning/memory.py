@@ -88,7 +88,7 @@ def largest_micro_batch(config: RunConfig, world_size: int, budget_bytes: int, d
     def fits(micro_batch: int) -> bool:
         return step_memory(config, world_size, micro_batch, device).total <= budget_bytes
 
-    share = -(-config.train.global_batch // world_size)
+    share = config.train.share(world_size)
     # one pass needs no cached features, so the share may fit where a little less does not
     if fits(share):
         return share
@@ -111,7 +111,7 @@ class _Step:
         self._train, self._loss, self._model = config.train, config.loss, config.model
         self._zero = deepspeed_config(config, world_size)["zero_optimization"]
         self._timeline, self._world_size, self._device = counts.timeline, world_size, device
-        self._share = -(-config.train.global_batch // world_size)
+        self._share = config.train.share(world_size)
         self._chunk = min(micro_batch, self._share)
         self._is_two_pass = self._chunk < self._share
         self._views, self._num_tokens = len(config.data.views), num_tokens(config.model, config.data)

@@ -196,7 +196,7 @@ def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumpt
     validate(config, num_ranks)
     stages = tuple(_stage_plan(config, num_ranks, device, stage) for stage in STAGES)
     stage = config.train.zero_stage
-    share = -(-config.train.global_batch // num_ranks)
+    share = config.train.share(num_ranks)
     largest = stages[stage].largest_micro_batch
     # `auto` makes as few chunks as fit, of about the same size
     balanced = -(-share // -(-share // largest)) if largest else 0
@@ -282,7 +282,7 @@ def _seconds(
     backward_s = arithmetic.backward / rate / (1 if _reduces_every_chunk(config) else num_chunks)
     collective, hop = _links(device, num_ranks, assumptions.node_size)
     cores = device.cpu_cores if assumptions.cpu_cores is None else assumptions.cpu_cores
-    share = -(-config.train.global_batch // num_ranks)
+    share = config.train.share(num_ranks)
     terms = Terms(
         compute=towers_s + loss_s,
         gradients=traffic.gradients / collective,
@@ -331,7 +331,7 @@ def _loss_bytes(config: RunConfig, num_ranks: int) -> float:
     tours = [(fixed, gradient)] if loss.kind == "sigmoid" else [(fixed, statistics), (fixed + terms, gradient)]
     # around a ring what is carried must also come home
     homeward = num_ranks if uses_ring(config.loss, num_ranks) else num_ranks - 1
-    columns = views * -(-config.train.global_batch // num_ranks)
+    columns = views * config.train.share(num_ranks)
     return float(columns * sum((num_ranks - 1) * there + homeward * back for there, back in tours))
 
 

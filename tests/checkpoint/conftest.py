@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from scaleclip.distributed import World
 class Run:
     """A shard and its checkpoints; step X has the values of `write_step(shard, X)`."""
 
-    def __init__(self, folder: Path, world: World, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, world: World, config: CheckpointConfig, origin: dict[str, Any]) -> None:
         self.folder = folder
         self.shard = blank(LAYOUTS["cut together"](make_whole(0), 0, 1))
-        self.checkpointer = Checkpointer(folder, world, lambda: self.shard, config)
+        self.checkpointer = Checkpointer(folder, world, lambda: self.shard, config, origin)
 
     def save(self, *steps: int) -> None:
         """Save these steps, and wait until they are published and mirrored."""
@@ -48,9 +49,9 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def open_run(tmp_path: Path, world: World) -> Callable[..., Run]:
-    """A new start of the run in tmp_path / "run"."""
+    """A new start of a run in tmp_path, by default of one in tmp_path / "run"."""
 
-    def start(**settings: object) -> Run:
-        return Run(tmp_path / "run", world, CheckpointConfig.model_validate(settings))
+    def start(name: str = "run", origin: dict[str, Any] = {"optim.lr": 1.0}, **settings: object) -> Run:  # noqa: B006
+        return Run(tmp_path / name, world, CheckpointConfig.model_validate(settings), origin)
 
     return start

@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fake_shards import assert_equal
 from object_store import BUCKET, object_store
+from scaleclip.checkpoint import checkpointer
 from scaleclip.checkpoint import mirror as module
 from scaleclip.checkpoint.folders import damage, saved
 from scaleclip.checkpoint.state import TrainState
@@ -43,6 +44,35 @@ def test_every_checkpoint_is_sent_and_old_ones_deleted(open_run, mirror):
             path.name: path.read_bytes() for path in (mirror / here.name).iterdir()
         }
     assert run.checkpointer.mirror_failures == 0
+
+
+@pytest.mark.parametrize("own_steps", [(), (3,)])
+def test_a_mirror_with_another_runs_checkpoints_is_refused(open_run, mirror, own_steps):
+    """Before anything is taken from there or sent there; what only one of two versions knows of does not count."""
+    open_run(mirror=str(mirror), origin={"optim.lr": 1.0, "new.key": 1}).save(1, 2)
+    other = {"optim.lr": 2.0, "old.key": 1}
+    open_run("other", origin=other).save(*own_steps)
+    with pytest.raises(ConfigError, match=r"holds another run's checkpoints \(optim.lr differ there\): name another place"):
+        open_run("other", mirror=str(mirror), origin=other).checkpointer.load_newest()
+    assert names(mirror) == ["step_00000001", "step_00000002"]
+    assert open_run("third", mirror=str(mirror), origin={"optim.lr": 1.0}).checkpointer.load_newest().step == 2
+
+
+def test_what_a_start_could_not_send_the_next_one_sends(open_run, mirror):
+    open_run().save(1)
+    second = open_run(mirror=str(mirror))
+    assert second.checkpointer.load_newest().step == 1
+    second.checkpointer.finish()
+    assert names(mirror) == ["step_00000001"]
+
+
+def test_a_mirror_that_never_answers_does_not_hold_up_a_run_with_checkpoints(open_run, mirror, monkeypatch):
+    open_run().save(1)
+    monkeypatch.setattr(checkpointer, "STANDSTILL_S", 0.1)
+    monkeypatch.setattr(module.Mirror, "fetch_newer", lambda *_: time.sleep(30))
+    begin = time.monotonic()
+    assert open_run(mirror=str(mirror)).checkpointer.load_newest().step == 1
+    assert time.monotonic() - begin < 10
 
 
 def test_a_lost_run_comes_back_from_its_mirror(open_run, mirror):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scaleclip.checkpoint import TrainState
+from scaleclip.checkpoint.state import TrainState
 from scaleclip.config import RunConfig
 from scaleclip.data.loader import Batch
 from scaleclip.data.sample import Fault
