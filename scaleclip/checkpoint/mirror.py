@@ -4,6 +4,7 @@ A checkpoint there has the files that it has here. `checksums.json` is the last 
 one. A fetched file must have the checksum that it says.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -98,16 +99,16 @@ class Mirror:
         return None
 
     def _check_is_this_run(self, names: Sequence[str]) -> None:
-        name = next((name for name in reversed(names) if self._checksums(name) is not None), None)
-        if name is None:
-            return
-        theirs = json.loads(self._system.cat_file(f"{self._at(name)}/{STATE}")).get("origin", {})
-        keys = differing(self._origin, theirs)
-        if keys:
-            raise ConfigError(
-                f"checkpoint.mirror={self._url} holds another run's checkpoints ({', '.join(keys)} differ there): name another "
-                f"place"
-            )
+        for name in reversed(names):
+            with contextlib.suppress(FileNotFoundError):  # a damaged one
+                theirs = json.loads(self._system.cat_file(f"{self._at(name)}/{STATE}"))
+                keys = differing(self._origin, theirs.get("origin", {}))
+                if keys:
+                    raise ConfigError(
+                        f"checkpoint.mirror={self._url} holds another run's checkpoints ({', '.join(keys)} differ there): name "
+                        f"another place"
+                    )
+                return
 
     def _serve(self) -> None:
         pause_s = _FIRST_PAUSE_S

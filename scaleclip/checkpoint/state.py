@@ -34,7 +34,7 @@ class TrainState:
     """Ranks that saved, for people: any number of ranks loads."""
     zero_stage: int = 0
     """ZeRO stage that saved, for people: any stage loads."""
-    origin: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
     """What decides the run's updates, by configuration key: tells its checkpoints from another run's."""
 
     @property

@@ -313,6 +313,8 @@ class TrainBatches(Iterator[Batch]):
                 prefetch_factor=self._config.prefetch_batches if workers else None,
                 worker_init_fn=_start_worker,
                 pin_memory=self._pin_memory,
+                # whatever the process's own way is: open shards and indexes are shared, not pickled
+                multiprocessing_context="fork" if workers else None,
             )
         )
         signal.signal(signal.SIGCHLD, handler)

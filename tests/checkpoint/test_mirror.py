@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_being_replaced_is_not_whole(open_run, mirror, monk
         raise OSError("full")
 
     monkeypatch.setattr(LocalFileSystem, "put_file", refuse)
-    monkeypatch.setattr(module, "_STANDSTILL_S", 0.3)
+    monkeypatch.setattr(module, "STANDSTILL_S", 0.3)
     run.shard.scalars["adam_step"].fill_(7)
     run.checkpointer.save(TrainState(step=1))
     run.checkpointer.finish()
@@ -216,7 +216,7 @@ def until(seen) -> None:
 
 
 def test_the_end_does_not_wait_for_a_mirror_that_stands_still(open_run, mirror, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_STANDSTILL_S", 0.3)
+    monkeypatch.setattr(module, "STANDSTILL_S", 0.3)
     mirror.write_text("no folder")
     run = open_run(mirror=str(mirror / "run"))
     run.save(1)
@@ -292,13 +292,13 @@ def test_a_bucket_is_a_mirror(open_run, store):
     second = open_run(mirror=f"s3://{BUCKET}/run")
     assert load_step(second) == 3
     shutil.rmtree(first.folder)
-    store.fail("run/step_00000003/state.json", 404)
+    store.fail("run/step_00000003/state.json", 404, times=2)  # when it is asked whose it is, and fetched
     assert load_step(open_run(mirror=f"s3://{BUCKET}/run")) == 2
     assert not [request for request in store.requests if request.method == "GET" and "step_00000001/rank" in request.key]
 
 
 def test_a_bucket_that_is_away(open_run, store, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_STANDSTILL_S", 1.0)
+    monkeypatch.setattr(module, "STANDSTILL_S", 1.0)
     run = open_run(mirror="s3://other-bucket/run")
     run.save(1)
     assert run.checkpointer.mirror_failures >= 1

@@ -144,7 +144,7 @@ def test_error_budget_with_extra_columns(loss: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_error_budget_of_random_options(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_random_cases(loss, range(1000, 1014), monkeypatch, "triton", most_logits=6000)
+    check_random_cases(loss, range(1000, 1006), monkeypatch, "triton", most_logits=6000)
 
 
 @pytest.mark.slow
