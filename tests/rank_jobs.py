@@ -164,6 +164,12 @@ def run_steps_of_each(config_path: str, cases: list[list[str]], *args: Any) -> l
     return [run_steps(config_path, overrides, *args) for overrides in cases]
 
 
+def first_parameters_of_each(config_path: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:
+    """The parameters that an engine starts with, for each list of overrides."""
+    world = distributed.init()
+    return [Engine(load_config(config_path, overrides), world).parameters() for overrides in cases]
+
+
 class HostReads(TorchDispatchMode):
     """Counts the operations that would make the host wait for a device."""
 

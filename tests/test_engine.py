@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from rank_jobs import agree, compare_bf16, count_host_reads, run_steps_of_each
+from rank_jobs import agree, compare_bf16, count_host_reads, first_parameters_of_each, run_steps_of_each
 from scaleclip.config_io import load_config
 from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.errors import ConfigError
 from scaleclip.local_ranks import run_ranks
+from scaleclip.models.dual_encoder import DualEncoder
 
 
 def stages(*numbers: int) -> list[list[str]]:
@@ -97,6 +98,23 @@ def test_autocast_keeps_the_logit_scale_and_is_no_less_exact_than_deepspeeds_bf1
     assert result["autocast_scale"] == pytest.approx(98.5, rel=1e-6)
     assert abs(result["bf16_scale"] - 98.5) > 0.3
     assert result["autocast_error"] < result["bf16_error"]
+
+
+def test_every_stage_starts_with_the_same_weights_from_folders_too(tiny_config_path, tmp_path):
+    """Under stage 3 rank 0 alone makes the towers, and hands them out."""
+    torch.manual_seed(5)
+    trained = DualEncoder(load_config(tiny_config_path, []).model)
+    for name in ("image", "text"):
+        getattr(trained, name).body.save_pretrained(tmp_path / name)
+    folders = [f"model.{name}.pretrained={tmp_path / name}" for name in ("image", "text")]
+    cases = [["train.zero_stage=0"], ["train.zero_stage=3"], ["train.zero_stage=1", *folders], ["train.zero_stage=3", *folders]]
+    for fresh, fresh_3, started, started_3 in run_ranks(first_parameters_of_each, 2, tiny_config_path, cases):
+        for name, expected in trained.named_parameters():
+            assert torch.equal(fresh[name], fresh_3[name])
+            assert torch.equal(started[name], started_3[name])
+            if ".body." in name:
+                assert torch.equal(started[name], expected)
+        assert any(not torch.equal(fresh[name], started[name]) for name in fresh)
 
 
 def test_an_error_on_one_rank_is_an_error_on_all():
