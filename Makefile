@@ -17,10 +17,10 @@ demo: $(VENV)/.installed  ## train and evaluate a small CLIP on the embedded dat
 	$(BIN)/scaleclip demo --ranks $(RANKS) run.folder=$(RUN) $(OVERRIDES)
 
 test: $(VENV)/.installed-dev  ## fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not slurm"
 
 test-slow: $(VENV)/.installed-dev  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not gpu and not slurm"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm"
 
 test-gpu: $(VENV)/.installed-dev  ## tests that need a GPU

@@ -21,16 +21,14 @@ from scaleclip.errors import ConfigError, RunError
 T = TypeVar("T")
 
 # the last one is what DeepSpeed 0.19 imports when ZeRO starts, and torch's compiler with it
-_PRELOADED = ["scaleclip.step", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = ["scaleclip.step", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 _POLL_S = 0.02
 
 
-def run_ranks(
-    job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600, grace_s: float = 0.5, fresh: bool = False
-) -> list[T]:
+def run_ranks(job: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 600, grace_s: float = 0.5) -> list[T]:
     """Each rank's `job(*args)`, in rank order, with one thread a rank and a gloo process group.
 
     Args:
@@ -39,15 +37,13 @@ def run_ranks(
         args: the job's.
         timeout_s: seconds that all may take.
         grace_s: seconds that the others have to end once one has failed.
-        fresh: start new interpreters, for jobs that must be the first to import something.
 
     Raises:
         ConfigError: the one that a rank raised.
         RunError: a rank failed in another way, which its traceback on stderr says, or they took more than `timeout_s`.
     """
-    if not fresh:
-        _start_server()
-    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    _start_server()
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [context.Process(target=_rank_main, args=(job, rank, world_size, folder, args)) for rank in range(world_size)]
@@ -83,9 +79,10 @@ def _results(job: Callable[..., T], files: list[Path]) -> list[T]:
 @functools.cache
 def _start_server() -> None:
     before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)
+    # the server would look for modules where a new interpreter does, not where this one was told to
+    os.environ.update(_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
     try:
-        multiprocessing.set_forkserver_preload(_PRELOADED)
+        multiprocessing.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -94,7 +91,7 @@ def _start_server() -> None:
 
 def _rank_main(job: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     # scaleclip.distributed asks for all of them; the file store takes the place of the address
-    os.environ |= _ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "0"}
     import torch
     import torch.distributed as dist

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scaleclip import local_ranks
+
 if os.environ.get("TRITON_INTERPRET") != "0":  # which `make test-gpu` sets
     import triton_interpreter  # noqa: F401  # before anything imports triton
+
+    local_ranks.PRELOADED.insert(0, "triton_interpreter")  # on ranks too
 
 from helpers import make_sample, write_tar
 from scaleclip.config import CacheConfig

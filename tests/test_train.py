@@ -62,14 +62,10 @@ AFTER_STEP = {f"step {step}": (lambda folder, s=step: len(rows(folder)) >= s) fo
 IN_A_SAVE = {
     f"save {step}": (lambda folder, s=step: (folder / "checkpoints" / f".partial-step_{s:08d}").exists()) for step in (4, 8, 12)
 }
-QUICK = ("save 8",)
-MOMENTS = [
-    pytest.param(seen, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name, seen in (AFTER_STEP | IN_A_SAVE).items()
-]
 
 
-@pytest.mark.parametrize("seen", MOMENTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seen", [pytest.param(seen, id=name) for name, seen in (AFTER_STEP | IN_A_SAVE).items()])
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny_config_path, undisturbed, tmp_path, seen):
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
     code, _ = signal_when(start(*arguments), lambda: seen(tmp_path), signal.SIGKILL)

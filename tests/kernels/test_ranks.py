@@ -6,6 +6,8 @@ import torch
 from loss_rank_jobs import Case, passes_in_any_order, ring_events, ring_peak_bytes, run_cases, step
 from scaleclip.local_ranks import run_ranks
 
+# the cases of all tests run once, and not once in every process of pytest's
+pytestmark = pytest.mark.xdist_group("loss over ranks")
 ALL_LABELS = ("valid", "column_valid", "ids", "column_ids")
 WORLD_SIZE = 4
 POSITIVE = {"duplicates": "positive"}
@@ -43,7 +45,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
     """Every rank's results of all cases, from one start of the ranks."""
-    return run_ranks(run_cases, WORLD_SIZE, CASES, fresh=True)
+    return run_ranks(run_cases, WORLD_SIZE, CASES)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "gather"])
@@ -64,7 +66,7 @@ def test_mean_over_ranks_is_one_process(results: list[dict], name: str, num_rank
 
 def test_backward_passes_in_another_order_and_twice() -> None:
     (expected,) = passes_in_any_order(ranks=False).values()
-    every_rank = run_ranks(passes_in_any_order, 3, True, fresh=True)
+    every_rank = run_ranks(passes_in_any_order, 3, True)
     for schedule in ("ring", "gather"):
         for order, gradients in expected.items():
             parts = [rank[schedule][order] for rank in every_rank]
@@ -79,7 +81,7 @@ def test_memory_of_a_ring_does_not_grow_with_its_ranks() -> None:
     """At most: both gradients, two foreign blocks and two of their gradients, and change."""
     num_pairs, dim = 256, 128
     block_bytes = 4 * num_pairs * dim
-    for peaks in run_ranks(ring_peak_bytes, WORLD_SIZE, num_pairs, dim, fresh=True):
+    for peaks in run_ranks(ring_peak_bytes, WORLD_SIZE, num_pairs, dim):
         assert all(peak == pytest.approx(peaks[min(peaks)], rel=0.02) for peak in peaks.values())
         assert 5 * block_bytes < max(peaks.values()) < 7.5 * block_bytes
 
@@ -91,5 +93,5 @@ def test_transfers_of_a_ring_overlap_its_work() -> None:
     """
     first = ["data leave", *["panel", "panel", "sums leave"] * 2, "data awaited"]
     half = ["panel", "sums awaited", "panel", "sums leave"]
-    for events in run_ranks(ring_events, 3, fresh=True):
+    for events in run_ranks(ring_events, 3):
         assert events == [*first, "data leave", *half * 2, "data awaited", *half * 2, "sums awaited", "sums awaited"]

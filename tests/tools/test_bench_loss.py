@@ -279,7 +279,7 @@ def test_checked_batch_has_panels_in_both_directions() -> None:
 @pytest.fixture(scope="module")
 def traffic() -> tuple[list[dict], list[dict]]:
     """What every rank counted, of the losses and of single collectives."""
-    results = run_ranks(count_all, 4, fresh=True)
+    results = run_ranks(count_all, 4)
     return [result[0] for result in results], [result[1] for result in results]
 
 
