@@ -194,10 +194,12 @@ def _show(folder: Path) -> None:
     from rich.console import Console
 
     from scaleclip.evaluation.results import finished_step, read_results
+    from scaleclip.metrics import read_rows
     from scaleclip.report import plot_run, results_table
 
     figures = read_results(folder)
     if figures:
         Console().print(results_table(f"{folder}, step {finished_step(folder):,}", figures))
-    plot_run(folder)
+    if read_rows(folder):  # a run that came back whole from its mirror has none
+        plot_run(folder)
     typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, curves.png, checkpoints/)")
