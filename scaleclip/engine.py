@@ -253,8 +253,8 @@ class Engine:
 def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> DualEncoder:
     """The model with its first weights, the same for every stage and number of ranks.
 
-    Under stage 3 no rank's device ever holds more than its shard and one whole parameter: rank 0 makes the towers in the host's
-    memory, the others only their shapes, and the parameters are handed out one by one.
+    Under stage 3 no rank's device holds more meanwhile than its shard and one whole parameter: rank 0 makes the towers in the
+    host's memory, the others only their shapes, and the parameters are handed out one by one.
     """
     torch.manual_seed(config.run.seed)
     if config.train.zero_stage < 3:

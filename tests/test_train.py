@@ -430,8 +430,8 @@ def test_a_hanging_rank_ends_all_within_the_time_out_with_their_stacks(tiny_conf
     stacks = {path.name: path.read_text() for path in (tmp_path / "run" / "log").rglob("*.stacks")}
     assert set(stacks) == {"0.stacks", "1.stacks"}
     assert "in hang_at_step_five" in stacks["1.stacks"]
-    assert "in take_step" in stacks["0.stacks"] or "step.py" in stacks["0.stacks"]
-    assert time.monotonic() - begin < 120
+    assert "step.py" in stacks["0.stacks"], "rank 0 waits for rank 1 in a collective of its step"
+    assert time.monotonic() - begin < 90
 
 
 def test_full_memory_is_said_with_settings_that_fit(tiny_config):

@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from arguments import list_of, positive
-from bench_order import Row, write
+from bounds import Row, report
 from scaleclip import distributed
 from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.folders import newest, step_name
@@ -67,16 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status(f"{num_ranks} ranks"), tempfile.TemporaryDirectory(dir=options.folder) as folder:
             ranks = run_ranks(measure, num_ranks, Path(folder), options.mib, options.rounds)
         rows += figures(f"{num_ranks} x {options.mib:,} MiB", ranks)
-    table = Table("what", "value", "unit", "bound")
-    for row in rows:
-        table.add_row(row.what, f"{row.value:,.4g}", row.unit, row.bound)
-    console.print(table)
-    if options.csv:
-        write(options.csv, rows)
-    missed = [row.what for row in rows if row.bound and not row.value <= float(row.bound.removeprefix("<= "))]
-    if missed:
-        console.print("missed: " + ", ".join(missed))
-    return bool(missed)
+    return report(rows, console, options.csv)
 
 
 def measure(folder: Path, mib: int, num_rounds: int) -> list[Round]:

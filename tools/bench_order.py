@@ -11,8 +11,6 @@ stream's whole range). Costs are CPU time of one process; nothing is read from a
 
 import argparse
 import contextlib
-import csv
-import datetime
 import io
 import resource
 import statistics
@@ -22,15 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
+from bounds import Row, report
 from scaleclip.config import CacheConfig
 from scaleclip.config_io import parse_config
 from scaleclip.data.cache import ShardCache
@@ -51,16 +48,6 @@ RANKS_A_NODE, WORKERS_A_RANK = 8, 4
 # open_clip's buffers: size, and how much they hold before the first goes out
 SHARD_BUFFER, SAMPLE_BUFFER = (2000, 500), (5000, 1000)
 PY1E_BLOCK = 1 << 18  # streaming's default
-
-
-class Row(NamedTuple):
-    """A figure."""
-
-    what: str
-    value: float
-    unit: str
-    bound: str = ""
-    """What the project asks for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,18 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status(f"shuffle of {name}"):
             reads[name] = order()
             rows += quality(name, reads[name])
-    table = Table("what", "value", "unit", "bound")
-    for row in rows:
-        table.add_row(row.what, f"{row.value:,.4g}", row.unit, row.bound)
-    console.print(table)
-    if options.csv:
-        write(options.csv, rows)
     if options.plot:
         draw(options.plot, reads)
-    missed = [row.what for row in rows if row.bound and not row.value <= float(row.bound.removeprefix("<= "))]
-    if missed:
-        console.print("missed: " + ", ".join(missed))
-    return bool(missed)
+    return report(rows, console, options.csv)
 
 
 def cost(num_shards: int, num_samples: int, num_batches: int) -> list[Row]:
@@ -276,17 +254,6 @@ def quality(name: str, reads: Ints) -> list[Row]:
         Row(f"{name}: batches between neighbours in a shard, median", float(np.median(apart)), f"of {len(reads)}"),
         Row(f"{name}: neighbours in one batch", 100 * float(np.mean(apart == 0)), f"% (by chance {100 / len(reads):.2g})"),
     ]
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows with the date."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["date", *Row._fields])
-        for row in rows:
-            writer.writerow([datetime.date.today().isoformat(), row.what, f"{row.value:.5g}", row.unit, row.bound])
 
 
 def draw(path: Path, reads: dict[str, Ints]) -> None:

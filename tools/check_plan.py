@@ -9,14 +9,13 @@ largest. Memory that is freed is given back at once (glibc's malloc by mmap), so
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from arguments import file_with
+from csv_rows import read_rows, write_rows
 from loss_bench.summary import About
 
 CONFIG = "package:scaleclip/configs/demo.yaml"
@@ -172,16 +172,8 @@ def _answers(case: Case, folder: Path) -> Iterator[int]:
 
 def record(path: Path, rows: Sequence[Row]) -> None:
     """Put rows into a .csv file, each in the place of the one of its case."""
-    old = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            old = {entry["case"]: entry for entry in csv.DictReader(file)}
-    merged = old | {row.case: asdict(row) for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
+    old = {row.case: row for row in read_rows(path, Row, "check_plan.py")} if path.exists() else {}
+    write_rows(path, Row, (old | {row.case: row for row in rows}).values())
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -1,13 +1,13 @@
 """The record: a row a figure of a measured point, kept as CSV. Measuring a point again replaces its rows."""
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from csv_rows import read_rows, write_rows
 from loss_bench.summary import About
 from train_bench.points import Layout
 
@@ -131,13 +131,7 @@ def record(path: Path, rows: Iterable[Row]) -> None:
     rows = [_rounded(row) for row in rows]
     measured = {row.point() for row in rows}
     kept = [row for row in read(path) if row.point() not in measured] if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in (*kept, *rows))
-    partial.rename(path)
+    write_rows(path, Row, (*kept, *rows))
 
 
 def read(path: Path) -> list[Row]:
@@ -146,13 +140,7 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: the file does not hold such rows.
     """
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(Row)}
-    with path.open(newline="") as file:
-        entries = list(csv.DictReader(file))
-    try:
-        return [Row(**{name: kind(entry[name]) for name, kind in kinds.items()}) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a record of bench_train.py: {error!r}; write it with --csv") from error
+    return read_rows(path, Row, "bench_train.py")
 
 
 def _rounded(row: Row) -> Row:
