@@ -228,7 +228,7 @@ class ShardCache:
                 self._count("retries")
             else:
                 self._make_room()
-                os.replace(partial, copy)
+                _publish(partial, copy)
                 self._count("downloads")
                 return
             finally:
@@ -249,7 +249,7 @@ class ShardCache:
             partial.write_bytes(content)
             # a crash of the machine must not leave a hole in a file that has its final name
             _sync(partial)
-            os.replace(partial, target)
+            _publish(partial, target)
         finally:
             partial.unlink(missing_ok=True)
         here = self._here
@@ -386,6 +386,12 @@ def _failed_since(record: Path, url: str, since: float) -> SampleError | None:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _publish(partial: Path, target: Path) -> None:
+    # used when it is whole: its download may have begun before others were used last
+    _touch(partial)
+    os.replace(partial, target)
 
 
 def _touch(path: Path) -> bool:

@@ -222,6 +222,8 @@ def test_the_end_does_not_wait_for_a_mirror_that_stands_still(open_run, mirror, 
     run.save(1)
     assert "step_00000001 is not in checkpoint.mirror=" in caplog.text
     assert damage(run.path(1)) is None
+    mirror.unlink()
+    until(lambda: run.checkpointer._mirror.missing is None)
 
 
 def test_what_is_being_sent_is_not_deleted_and_the_newest_comes_next(open_run, mirror, monkeypatch):

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,22 @@ def test_the_least_recently_used_shard_goes_first(store: ObjectStore, tmp_path: 
     counts = cache.take_counts()
     assert counts == {"downloads": 5, "downloaded_bytes": 6 * _SIZE, "evictions": 3}
     assert cache.take_counts() == {}
+
+
+def test_a_long_download_counts_as_used_when_it_ends(store: ObjectStore, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, limit=2.5 * _SIZE)
+    urls = [store.put(f"long/{number}.tar", content(number)) for number in range(3)]
+    cache.path(urls[0])
+    fault = store.stall("long/1.tar", 100_000)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(cache.path, urls[1])
+        assert fault.reached.wait(30)
+        time.sleep(0.02)  # beyond the clock ticks of a file system
+        cache.path(urls[0])
+        fault.go.set()
+        fetched.result()
+    cache.path(urls[2])
+    assert copies(tmp_path) == ["1.tar", "2.tar"]
 
 
 def test_files_of_others_stay_whatever_the_limit(store: ObjectStore, tmp_path: Path) -> None:
