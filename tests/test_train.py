@@ -318,6 +318,7 @@ def test_a_folder_that_cannot_be_written(tiny_config_path, tmp_path):
     assert f"run.folder={tmp_path}/file/run: cannot be written: Not a directory" in output
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save_loses_nothing(tiny_config_path, undisturbed, tmp_path):
     """Files may not grow beyond 300 kB: metrics can be written, checkpoints cannot."""
     arguments = ("train", tiny_config_path, f"run.folder={tmp_path}", SPLITS)
@@ -346,8 +347,7 @@ def test_a_loss_that_fails_on_one_rank_ends_all_with_its_message(tiny_config_pat
         assert errors[rank] == f"RankError: rank {rank} stops, {first}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("full_rank", [0, 1])
+@pytest.mark.parametrize("full_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_on_one_rank_ends_all_with_its_message(tiny_config_path, tmp_path, full_rank):
     errors = run_ranks(train_on_a_full_disk, 2, tiny_config_path, [f"run.folder={tmp_path}"], full_rank, timeout_s=90)
     assert all(error.startswith("RunError: ") for error in errors)

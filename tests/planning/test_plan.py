@@ -160,7 +160,7 @@ def test_the_command_refuses_what_cannot_run():
     with pytest.raises(ConfigError, match="--image-px=300"):
         invoke("--image-px", "300")
     with pytest.raises(RunError, match="does not hold a micro batch"):
-        invoke("train.micro_batch=4096", "model=ViT-H/14", "--gpus", "1")
+        invoke("train.micro_batch=1048576", "train.global_batch=1048576", "--gpus", "1")
     with pytest.raises(ConfigError, match="8192 ranks"):
         invoke("--gpus", "8192")
 
