@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scaleclip import distributed
+from scaleclip import distributed, fit
 from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config
 from scaleclip.data.loader import Batch
@@ -25,6 +25,7 @@ from scaleclip.fit import choose_micro_batch
 from scaleclip.guard import BadSteps
 from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.planning.memory import step_memory
 from scaleclip.step import TrainStep
 from scaleclip.train import train
 from scaleclip_kernels import panels
@@ -72,6 +73,15 @@ def train_in_little_memory(config_path: str, overrides: list[str]) -> str:
     taken = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, resource.RLIM_INFINITY))
     return _error_of(config_path, overrides)
+
+
+def train_in_the_memory_of(config_path: str, overrides: list[str], pairs: int) -> str:
+    """A run whose last rank has room for so many pairs at once, the others for all."""
+    world, config = distributed.init(), load_config(config_path, overrides)
+    if world.rank == world.size - 1:
+        needed_bytes = step_memory(config, world.size, pairs, "cpu").total
+        fit._free_bytes = lambda _: needed_bytes / fit._USABLE["cpu"] + 1
+    return str(train(config))
 
 
 def _in_step(number: int, act: Callable[[], None]) -> None:

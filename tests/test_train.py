@@ -16,6 +16,7 @@ from helpers import make_sample, write_tar
 from rank_jobs import (
     train_and_stop,
     train_in_little_memory,
+    train_in_the_memory_of,
     train_on_a_full_disk,
     train_run,
     train_with_a_failing_loss,
@@ -194,6 +195,17 @@ def test_ranks_give_the_same_loss_curve(tiny_config_path, undisturbed, tmp_path,
     """8 pairs over 3 ranks leave an invalid slot on the last one."""
     run_ranks(train_run, world_size, tiny_config_path, [f"run.folder={tmp_path}", SPLITS])
     assert {row["world_size"] for row in rows(tmp_path)} == {world_size}
+    assert_same_curve(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_ranks_take_what_fits_the_one_with_the_least_memory(tiny_config_path, undisturbed, tmp_path):
+    """A share of 4 pairs of which 3 would fit goes in two halves."""
+    overrides = [f"run.folder={tmp_path}", SPLITS, "train.micro_batch=auto"]
+    run_ranks(train_in_the_memory_of, 2, tiny_config_path, overrides, 3)
+    assert {row["num_chunks"] for row in rows(tmp_path)} == {2}
+    [log] = (tmp_path / "log").rglob("0.log")
+    assert "train.micro_batch=auto is 2: a share of 4 in 2 chunk(s)" in " ".join(log.read_text().split())
     assert_same_curve(tmp_path, undisturbed)
 
 
