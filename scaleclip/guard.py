@@ -46,7 +46,7 @@ class _Step(NamedTuple):
 
 
 class BadStep(NamedTuple):
-    """A row of bad_steps.jsonl."""
+    """A row of bad_steps.jsonl; a step that a stopped run takes again may have two."""
 
     step: int
     """Number of the step, from 1 on as in metrics.jsonl."""
