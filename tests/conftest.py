@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "0":  # which `make test-gpu` sets
     local_ranks.PRELOADED.insert(0, "triton_interpreter")  # on ranks too
 
 from helpers import make_sample, write_tar
+from runs import SPLITS, run
 from scaleclip.config import CacheConfig
 from scaleclip.data.cache import ShardCache
 
@@ -73,3 +74,13 @@ def tiny_config_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny configuration that tests share; each gives a run.folder of its own."""
     folder = tmp_path_factory.mktemp("tiny")
     return str(write_tiny_config(folder, write_shards(folder / "shards")))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_config_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a whole run of the shared configuration, which tests compare theirs with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = run("train", tiny_config_path, f"run.folder={folder}", SPLITS)
+    assert "image -> text R@1" in output
+    assert str(folder) in output
+    return folder

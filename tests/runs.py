@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TIMEOUT_S = 240
+SPLITS = "eval.splits=package:scaleclip/data/demo/eval/unseen_clipart.json"
 EXACT = ("step", "samples", "loss", "lr", "logit_scale", "grad_norm", "invalid")
 
 
@@ -72,3 +75,17 @@ def exact(folder: Path) -> list[dict[str, Any]]:
 def figures(folder: Path) -> Any:
     """Evaluation results."""
     return json.loads((folder / "results.json").read_text())
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    """Metrics bit for bit, and evaluation results."""
+    assert exact(folder) == exact(undisturbed)
+    assert figures(folder) == figures(undisturbed)
+
+
+def assert_same_curve(folder: Path, undisturbed: Path) -> None:
+    """Losses and gradient norms to float order."""
+    for row, expected in zip(rows(folder), rows(undisturbed), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert row["samples"] == expected["samples"]
