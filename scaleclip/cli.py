@@ -75,7 +75,7 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from scaleclip.checkpoint.folders import newest
+    from scaleclip.checkpoint.folders import damage, newest, saved
     from scaleclip.checkpoint.loading import load_weights
     from scaleclip.checkpoint.state import read_state
     from scaleclip.data.cache import ShardCache
@@ -89,8 +89,12 @@ def evaluate(
 
     config = read_config(run)
     path = newest(run)
+    if path is None and (found := saved(run)):
+        raise ConfigError(f"{run}: all checkpoints are damaged, the newest one by this: {damage(found[-1])}")
     if path is None:
-        raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
+        raise ConfigError(f"{run} has no checkpoint to evaluate: train first")
+    if not (split or config.eval.splits):
+        raise ConfigError("eval.splits of this run is empty: name some with --split")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DualEncoder(config.model.without_pretrained()).to(device)
     # persistent buffers, which some towers have, are constants and not in a checkpoint
@@ -120,21 +124,26 @@ def show_config(
     deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Print the DeepSpeed configuration that is derived.")] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that the DeepSpeed configuration is for.")] = 1,
 ) -> None:
-    """Print a configuration with parents, preset, defaults and overrides resolved."""
+    """Print a configuration with parents, preset, defaults and overrides resolved; exit 2 if it could not be trained."""
     from scaleclip.config import RunConfig
     from scaleclip.config_io import json_schema, load_config, to_yaml
+    from scaleclip.config_rules import validate
     from scaleclip.files import resolve_path
 
     if schema:
         typer.echo(json_schema())
         return
     resolved = load_config(resolve_path(config), overrides or ()) if config else RunConfig()
-    if deepspeed:
-        from scaleclip.deepspeed_config import deepspeed_config
-
-        typer.echo(json.dumps(deepspeed_config(resolved, ranks), indent=2))
-    else:
+    if not deepspeed:
         typer.echo(to_yaml(resolved), nl=False)
+    if deepspeed or resolved.train.deepspeed:
+        from scaleclip.deepspeed_config import deepspeed_config  # with torch: slow
+
+        derived = deepspeed_config(resolved, ranks)
+        if deepspeed:
+            typer.echo(json.dumps(derived, indent=2))
+    if config:
+        validate(resolved, ranks)
 
 
 def main() -> None:
@@ -165,25 +174,41 @@ def _fail(error: Exception | str, code: int) -> None:
 
 
 def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool = False) -> None:
-    _start_ranks(ranks)
     from scaleclip.config_io import load_config
     from scaleclip.files import resolve_path
+
+    run = load_config(resolve_path(config), overrides or ())  # first, so that a mistake is said once and not by every rank
+    _start_ranks(ranks)
     from scaleclip.train import train as run_training
 
-    folder = run_training(load_config(resolve_path(config), overrides or ()), profile=profile)
+    folder = run_training(run, profile=profile)
     if _is_main():
         _show(folder)
 
 
 def _start_ranks(ranks: int) -> None:
-    """Become torchrun, with this command on every rank; a rank of torchrun's ends when torchrun is killed."""
+    """Run this command on `ranks` processes of this machine instead, by torchrun, and exit with their code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends when its torchrun is killed
     launched = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    if ranks > 1 and not launched:
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        os.execv(sys.executable, [*torchrun, "-m", "scaleclip", *sys.argv[1:]])
+    if ranks == 1 or launched:
+        return
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
+    arguments = ["--standalone", f"--nproc-per-node={ranks}", "-m", "scaleclip", *sys.argv[1:]]
+    code = 0
+    try:
+        torchrun.run(torchrun.parse_args(arguments))  # type: ignore[no-untyped-call]
+    except SignalException as stop:
+        code = 128 + stop.sigval
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        code = 128 - code if code < 0 else code  # below 0: killed by that signal
+    sys.exit(code)
 
 
 def _is_main() -> bool:

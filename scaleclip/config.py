@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -19,6 +20,12 @@ def _as_list(value: Any) -> Any:
 def _as_weights(value: Any) -> Any:
     value = _as_list(value)
     return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+
+
+def _micro_batch(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise PydanticCustomError("micro_batch", "give auto, or a number from 1 on")
+    return value
 
 
 StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -242,7 +249,7 @@ class TrainConfig(Section):
     """Image-text pairs per optimizer step, over all ranks."""
     samples: int = Field(default=0, ge=0)
     """Pairs to train on, repeats included; the run takes ceil(samples / global_batch) steps. Must be set."""
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    micro_batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_micro_batch)] = "auto"
     """Pairs that a rank encodes at once. A larger share of the global batch is encoded in chunks, twice, with the same result
     (GradCache, arXiv:2101.06983). `auto`: the most that fits the device's memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

@@ -12,17 +12,19 @@ AdamW. DeepSpeed's own norm and overflow checks, which read them on the host at 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scaleclip.checkpoint.shard import Fragment, Shard
 from scaleclip.config import RunConfig
 from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.distributed import World, all_or_none
+from scaleclip.errors import ConfigError
 from scaleclip.models.dual_encoder import DualEncoder, Features
 from scaleclip.optim import build_optimizer, set_learning_rate
 from scaleclip.traffic import Traffic
@@ -39,6 +41,7 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 # A C++ all-reduce for ranks that share a CPU: gloo does the same without compiling for minutes at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_DEEPSPEED = f"DeepSpeed {deepspeed.__version__}"
 _FIRST_LOSS_SCALE, _LOSS_SCALE_GROWTH_STEPS = 2.0**16, 2000
 _NORM_BLOCK = 2**16
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,18 +65,23 @@ class Engine:
         world: this rank; the process group must be up (scaleclip.distributed.init).
 
     Raises:
-        ConfigError: a tower cannot be built as configured, or `train.deepspeed` sets what another key decides.
+        ConfigError: a tower cannot be built as configured, or `train.deepspeed` sets what another key decides or what DeepSpeed
+            does not take.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._model_config, self._device = config.train, config.model, world.device
         self._step_device = torch.device("cpu") if config.train.offload_optimizer else world.device
         self._clip_norm = config.optim.clip_norm
-        settings = deepspeed_config(config, world.size)
-        self.model = _build_model(config, settings, world)
-        """The dual encoder; under stage 3 its parameters are empty outside of a forward pass."""
-        self._adamw = build_optimizer(self.model, config.optim)
-        self._ds, *_ = deepspeed.initialize(model=self.model, optimizer=self._adamw, config=settings, dist_init_required=False)
+        settings = _Settings(deepspeed_config(config, world.size))
+        with _explain_settings():
+            self.model = _build_model(config, settings, world)
+            """The dual encoder; under stage 3 its parameters are empty outside of a forward pass."""
+            self._adamw = build_optimizer(self.model, config.optim)
+            self._ds, *_ = deepspeed.initialize(
+                model=self.model, optimizer=self._adamw, config=settings, dist_init_required=False
+            )
+        settings.check_all_read()
         # of DeepSpeed's types only what is used here is known, in this file
         self._zero: Any = self._ds.optimizer if self._config.zero_stage else None
         _leave_out_host_reads(self._ds)
@@ -248,6 +256,43 @@ class Engine:
         start = parameter.partition_numel() * dist.get_rank()
         length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
         return Fragment(name, tuple(parameter.ds_shape), start, {"weight": parameter.ds_tensor.data[:length]}, replicated=False)
+
+
+class _Settings(dict[str, Any]):
+    """DeepSpeed's configuration, which notes what DeepSpeed reads: a key that it does not know it passes over in silence."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._read.add(str(key))
+        return super().__contains__(key)
+
+    def check_all_read(self) -> None:
+        """Raise ConfigError if a key was never asked for."""
+        if unknown := sorted(self.keys() - self._read):
+            raise ConfigError(f"train.deepspeed has what {_DEEPSPEED} does not know: {', '.join(unknown)}")
+
+
+@contextlib.contextmanager
+def _explain_settings() -> Iterator[None]:
+    """What DeepSpeed says of a section of its configuration as ConfigError."""
+    try:
+        yield
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}={each['input']!r}: {each['msg'].lower()}" for each in error.errors()]
+        raise ConfigError(
+            f"train.deepspeed: {error.title} of DeepSpeed {deepspeed.__version__}: {'; '.join(faults)}"
+        ) from error
 
 
 def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> DualEncoder:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FILE_WIDTH = 128
-
 
 def verify_equivalence(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
@@ -59,8 +57,6 @@ def verify_equivalence(
     if max(layout.world_size for layout in layouts) > global_batch:
         raise ConfigError(f"--ranks={ranks}: the shrunk global batch has {global_batch} pairs, one a rank at least")
     console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
     console.print("Shrunk: " + ", ".join(small.changes), highlight=False)
     verdicts: list[Verdict] = []
     table = _table(f"{config}, {steps} steps of {global_batch} pairs", LIMIT)
@@ -78,20 +74,23 @@ def verify_equivalence(
 
 
 def _table(title: str, limit: float) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     caption = (
         f"Largest differences from one process; the limit is {limit:.0e}. Loss: relative. Gradients: |difference| / largest "
         "|gradient|. Parameters: in learning rates, beyond their own rounding, each element weighed by |gradient| / largest "
-        "|gradient|, since AdamW moves one whose gradient is only rounding as far as the others. Bytes that a rank hands to "
-        "DeepSpeed's collectives in a step; x: times the gradients' size."
+        "|gradient|, since AdamW moves one whose gradient is only rounding as far as the others. Reduced, gathered: what a "
+        "rank hands to DeepSpeed's collectives in a step, in sizes of the gradients. Took: seconds."
     )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for column in ("ranks", "micro", "ZeRO"):
-        table.add_column(column, justify="right")
-    table.add_column("schedule")
-    for column in ("loss", "first\ngradients", "last\ngradients", "parameters", "reduced", "gathered", "s"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, show_edge=False,
+        padding=0, collapse_padding=True,
+    )  # fmt: skip
+    left = ("schedule",)
+    columns = ("ranks", "micro", "ZeRO", *left, "loss", "first\ngrads", "last\ngrads", "params", "reduced", "gathered", "took")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     return table
 
 
@@ -101,7 +100,7 @@ def _row(verdict: "Verdict") -> list[str]:
     return [
         *map(str, layout),
         *(f"{error:.1e}" for error in errors),
-        *(f"{sent / 1e3:,.0f} kB, {sent / verdict.gradient_bytes:.2f} x" for sent in verdict.traffic),
+        *(f"{sent / verdict.gradient_bytes:.2f} x" for sent in verdict.traffic),
         f"{verdict.seconds:.1f}",
     ]
 

@@ -17,6 +17,8 @@ from scaleclip.planning.memory import DeviceType, largest_micro_batch, step_memo
 
 # what the allocator loses between its blocks, and what else lives on the device; on the host, loaders and the system live too
 _USABLE = {"cuda": 0.92, "cpu": 0.7}
+# than what did not fit, since an estimate is off by some percent
+_CLEARLY_LESS = 0.8
 log = logging.getLogger("scaleclip")
 
 
@@ -36,7 +38,8 @@ def choose_micro_batch(config: RunConfig, world: World) -> int:
         most = largest_micro_batch(config, world.size, budget_bytes, device)
     if most == 0:
         raise ConfigError(
-            f"train.micro_batch=auto: not even one pair at once fits {_gib(budget_bytes)} a rank; {_advice(config, world)}"
+            f"train.micro_batch=auto: not even one pair at once fits {_gib(budget_bytes)} a rank; "
+            f"{_advice(config, world, budget_bytes)}"
         )
     num_chunks = -(-share // most)
     micro_batch = -(-share // num_chunks)
@@ -65,14 +68,15 @@ def explain_full_memory(config: RunConfig, world: World, micro_batch: int) -> It
         needed = step_memory(config, world.size, micro_batch, _kind(world)).total
         raise RunError(
             f"out of memory on rank {world.rank} ({world.device}, {_gib(_all_bytes(world))}) with {micro_batch:,} pairs at "
-            f"once, which take an estimated {_gib(needed)}; {_advice(config, world)}"
+            f"once, which take an estimated {_gib(needed)}; {_advice(config, world, int(_CLEARLY_LESS * needed))}"
         ) from error
 
 
-def _advice(config: RunConfig, world: World) -> str:
-    """Settings that would fit, best first."""
+def _advice(config: RunConfig, world: World, most_bytes: int) -> str:
+    """Settings that would fit a rank's part of its device and take at most `most_bytes`, best first."""
     device = _kind(world)
     budget_bytes = int(_all_bytes(world) * _USABLE[device] / (1 if device == "cuda" else world.local_size))
+    budget_bytes = min(budget_bytes, most_bytes)
     ways = []
     for stage, checkpointing in itertools.product(dict.fromkeys((config.train.zero_stage, 2, 3)), (False, True)):
         if stage < config.train.zero_stage or checkpointing < config.model.activation_checkpointing:

@@ -141,7 +141,7 @@ class Watchdog:
             silent_s = time.monotonic() - self._last_s
             if silent_s > self._timeout_s * 0.9:
                 faulthandler.dump_traceback(file=self._file)
-                message = f"no step for {silent_s:.0f} s (guard.hang_timeout_s={self._timeout_s:g}): this process ends; "
+                message = f"no step for {silent_s:.0f} s, and guard.hang_timeout_s={self._timeout_s:g}: this process ends; "
                 print(f"{message}the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)
                 os._exit(1)
 

@@ -126,7 +126,8 @@ class Metrics:
         news += f"  data wait {row.data_wait:.0%}"
         if row.data_wait > _SLOW_DATA and row.loader:
             news += f" ({max(row.loader, key=lambda stage: row.loader[stage])})"
-        news += f"  invalid {invalid}" if invalid else ""
+        if invalid:
+            news += f"  invalid {invalid} ({max(row.invalid, key=lambda cause: row.invalid[cause])})"
         news += f"  bad steps {row.bad_steps}" if row.bad_steps else ""
         self._progress.update(self._task, news=news)
         if not self._console.is_terminal:

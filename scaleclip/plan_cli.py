@@ -37,8 +37,10 @@ def plan(
     from scaleclip.planning.devices import load_device
     from scaleclip.planning.plan import SAMPLES_PER_CPU_S, Assumptions, sweep
     from scaleclip.planning.plan import plan as make_plan
-    from scaleclip.planning.tables import figures_table, headline, memory_table, to_json
+    from scaleclip.planning.tables import data_advice, figures_table, headline, memory_table, to_json
 
+    if picture is not None and picture.suffix != ".png":
+        raise ConfigError(f"--picture={picture}: only .png is drawn")
     if image_px not in SAMPLES_PER_CPU_S:
         raise ConfigError(
             f"--image-px={image_px} was not measured: choose the nearest of {', '.join(map(str, SAMPLES_PER_CPU_S))}"
@@ -57,6 +59,8 @@ def plan(
         console.print(memory_table(planned))
         console.print(figures_table(planned))
         console.print(headline(planned), highlight=False)
+        if advice := data_advice(planned):
+            console.print(advice, style="yellow", highlight=False)
     if not planned.micro_batch:
         raise RunError(
             f"{gpu} does not hold a micro batch under ZeRO-{planned.stage}: see the table for a stage that fits, or lower "

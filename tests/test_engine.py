@@ -140,3 +140,15 @@ def test_deepspeeds_settings_can_be_set_but_for_what_other_keys_decide(tiny_conf
     ):
         with pytest.raises(ConfigError, match=key):
             deepspeed_config(load_config(tiny_config_path, [f"train.deepspeed={setting}"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("{nonsense: 2, wall_clock_breakdown: true}", r"train.deepspeed has what DeepSpeed \S+ does not know: nonsense$"),
+        ("{zero_optimization: {nonsense: 2}}", r"train.deepspeed: DeepSpeedZeroConfig of DeepSpeed \S+: nonsense=2: extra"),
+    ],
+)
+def test_a_setting_that_deepspeed_does_not_know_is_refused(tiny_config_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        run_ranks(first_parameters_of_each, 1, tiny_config_path, [[f"train.deepspeed={setting}"]])

@@ -45,6 +45,7 @@ from scaleclip.errors import ConfigError, RunError
 # work may take longer than a rank may wait in a collective
 _LOOK_S = 1.0
 _MIRROR_LOOK_S = 0.2
+_LONG_WAIT_S = 1.0
 
 log = logging.getLogger("scaleclip")
 
@@ -99,7 +100,9 @@ class Checkpointer:
             start = time.perf_counter()
             name = self._pending.path.name
             self._settle()
-            log.info("%s waited %.2f s for %s to be written", path.name, time.perf_counter() - start, name)
+            waited_s = time.perf_counter() - start
+            if waited_s > _LONG_WAIT_S:
+                log.warning("%s waited %.1f s for %s to be written: save less often", path.name, waited_s, name)
         shard = self._shard()
         self._snapshot.take(share(shard.fragments, self._world.rank, self._world.size))
         once: dict[str, bytes] = {}
@@ -130,6 +133,8 @@ class Checkpointer:
         if self._mirror and newest:
             self._mirror.offer(newest[0])  # one that a start before did not send; what is there already is skipped
         goes_on = self._mirror.drain() if self._mirror else lambda: False
+        if goes_on():
+            log.info("waiting until checkpoint.mirror=%s has %s", self._config.mirror, newest[0].name)
         while any_rank(goes_on()):
             time.sleep(_MIRROR_LOOK_S)
         if self._mirror and self._mirror.missing:
@@ -168,7 +173,7 @@ class Checkpointer:
         with all_or_none():
             loading.fill(self._shard(), path, pieces)
             state = read_state(path)
-        log.info("going on from %s, saved by %d ranks with train.zero_stage=%d", path, state.world_size, state.zero_stage)
+        log.info("going on from %s, saved by %d rank(s) with train.zero_stage=%d", path, state.world_size, state.zero_stage)
         return state
 
     def _write(self, folder: Path, once: dict[str, bytes]) -> dict[str, str]:

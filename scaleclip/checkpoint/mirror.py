@@ -105,7 +105,7 @@ class Mirror:
                 keys = differing(self._origin, theirs.get("origin", {}))
                 if keys:
                     raise ConfigError(
-                        f"checkpoint.mirror={self._url} holds another run's checkpoints ({', '.join(keys)} differ there): name "
+                        f"checkpoint.mirror={self._url} holds another run's checkpoints (differing: {', '.join(keys)}): name "
                         f"another place"
                     )
                 return

@@ -60,12 +60,12 @@ def _draw_terms(panel: Axes, plans: Sequence[Plan]) -> None:
         below = [low + share for low, share in zip(below, shares, strict=True)]
     for place, plan in enumerate(plans):
         panel.text(place, 1.015, _seconds(plan.step_s), ha="center", fontsize=8)
-        longest = _TERMS[plan.terms.longest][0].split(" (")[0]
+        longest = _TERMS[plan.limit][0].split(" (")[0]
         panel.text(place, 0.02, longest, ha="center", va="bottom", rotation=90, fontsize=9, color="white")
     panel.set_xticks(list(places), [f"{plan.num_ranks:,}" for plan in plans], fontsize=8)
     panel.set_ylim(0, 1.07)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
-    panel.set_title("terms of a step, each alone (written: the longest; on top: the step)", loc="left", fontsize=10)
+    panel.set_title("terms of a step, each alone (written: what limits; on top: the step)", loc="left", fontsize=10)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8, frameon=False)
 
 

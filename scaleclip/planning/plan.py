@@ -71,11 +71,6 @@ class Terms(NamedTuple):
     data: float
     """Reading, decoding and cropping."""
 
-    @property
-    def longest(self) -> str:
-        """The name of the part that takes longest."""
-        return max(self._fields, key=lambda name: float(getattr(self, name)))
-
 
 class Traffic(NamedTuple):
     """Bytes that a rank sends in a step."""
@@ -130,6 +125,8 @@ class Plan(NamedTuple):
     """Of a step on a device: arithmetic, and what is sent and not hidden behind it."""
     peak_flops_per_s: float
     """Of the device in the run's precision."""
+    num_loaders: int
+    """Processes that read and decode for a device, a core each."""
     steps: int
     """Of the run."""
     samples: int
@@ -139,6 +136,13 @@ class Plan(NamedTuple):
     def step_s(self) -> float:
         """Of a step, waiting for data included."""
         return max(self.busy_s, self.terms.data)
+
+    @property
+    def limit(self) -> str:
+        """The name of the term that limits: data where steps wait for it, else the longest of the others."""
+        if self.terms.data > self.busy_s:
+            return "data"
+        return max(set(Terms._fields) - {"data"}, key=lambda name: float(getattr(self.terms, name)))
 
     @property
     def num_chunks(self) -> int:
@@ -168,8 +172,7 @@ class Plan(NamedTuple):
     @property
     def cpu_cores(self) -> float:
         """For each device."""
-        own = self.assumptions.cpu_cores
-        return self.device.cpu_cores if own is None else own
+        return _cpu_cores(self.device, self.assumptions)
 
     @property
     def cpu_cores_needed(self) -> float:
@@ -229,6 +232,7 @@ def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumpt
         terms=terms,
         busy_s=busy_s,
         peak_flops_per_s=peak,
+        num_loaders=_num_loaders(config),
         steps=config.train.steps,
         samples=config.train.steps * config.train.global_batch,
     )
@@ -281,7 +285,7 @@ def _seconds(
     # where gradients are added up beside the pass that makes them: the last one, or every one
     backward_s = arithmetic.backward / rate / (1 if _reduces_every_chunk(config) else num_chunks)
     collective, hop = _links(device, num_ranks, assumptions.node_size)
-    cores = device.cpu_cores if assumptions.cpu_cores is None else assumptions.cpu_cores
+    cores = min(_cpu_cores(device, assumptions), _num_loaders(config))
     share = config.train.share(num_ranks)
     terms = Terms(
         compute=towers_s + loss_s,
@@ -294,6 +298,15 @@ def _seconds(
     exposed_s += max(terms.parameters - (towers_s if config.train.zero_stage == 3 else 0.0), 0.0)
     exposed_s += max(terms.loss - loss_s, 0.0)
     return terms, terms.compute + exposed_s
+
+
+def _cpu_cores(device: Device, assumptions: Assumptions) -> float:
+    return device.cpu_cores if assumptions.cpu_cores is None else assumptions.cpu_cores
+
+
+def _num_loaders(config: RunConfig) -> int:
+    # without processes of its own the loader takes the rank's, one core as well
+    return max(config.data.workers, 1)
 
 
 def _traffic(config: RunConfig, num_ranks: int, num_chunks: int, learning: int, frozen: int) -> Traffic:

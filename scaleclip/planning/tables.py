@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from typing import Literal, NamedTuple
 
 from rich.table import Table
@@ -62,9 +63,10 @@ def figures(plan: Plan) -> list[Figure]:
             ("network card", device.network_gb_per_s * 1e9, "B/s", device.server_basis, "one a device"),
             ("share of links", LINK_SHARE, "%", "assumed", "that messages reach"),
             ("CPU cores", plan.cpu_cores, "", "assumed" if own_cores else device.server_basis, "for a device's loader"),
+            ("loader processes", plan.num_loaders, "", "counted", "data.workers, a core each"),
             (
                 "pairs a core", SAMPLES_PER_CPU_S[taken.image_px], "1/s", "measured",
-                f"{taken.image_px} px JPEGs, tools/results/data_cpu.csv",
+                f"JPEGs of {taken.image_px} px; data_cpu.csv",
             ),
         ],
         "time of a step": [
@@ -73,7 +75,7 @@ def figures(plan: Plan) -> list[Figure]:
             ("gathering parameters", terms.parameters, "s", "estimated", "beside the towers" if plan.stage == 3 else ""),
             ("passing features", terms.loss, "s", "estimated", "beside the loss"),
             ("data", terms.data, "s", "estimated", "beside the step"),
-            ("step", plan.step_s, "s", "estimated", f"{plan.terms.longest} takes longest"),
+            ("step", plan.step_s, "s", "estimated", f"{plan.limit} limits"),
         ],
         "the run": [
             ("throughput", plan.pairs_per_s, "1/s", "estimated", "pairs, all devices"),
@@ -135,11 +137,23 @@ def figures_table(plan: Plan) -> Table:
 
 def headline(plan: Plan) -> str:
     """The plan in one sentence."""
-    length = f"{plan.days:,.1f} days" if plan.days >= 1 else f"{plan.days * 24:,.1f} hours"
     return (
         f"{plan.num_ranks:,} x {plan.device.name}, ZeRO-{plan.stage}, {plan.share:,} pairs each in {_passes(plan)}: "
-        f"{plan.step_s:.3g} s a step, {plan.pairs_per_s:,.0f} pairs/s, {length}, {plan.gpu_hours:,.0f} device-hours; "
-        f"{plan.terms.longest} takes longest"
+        f"{_seconds(plan.step_s)} a step, {plan.pairs_per_s:,.0f} pairs/s, {_days(plan.days)}, {_hours(plan.gpu_hours)} "
+        f"device-hours; {plan.limit} limits"
+    )
+
+
+def data_advice(plan: Plan) -> str | None:
+    """What to change where devices would wait for data."""
+    if plan.limit != "data":
+        return None
+    needed = math.ceil(plan.cpu_cores_needed)
+    if needed <= plan.cpu_cores:
+        return f"Steps wait for data: set data.workers={needed} instead of {plan.num_loaders}"
+    return (
+        f"Steps wait for data: {plan.cpu_cores_needed:,.1f} cores a device are needed, there are {plan.cpu_cores:g}: set "
+        f"data.workers={math.floor(plan.cpu_cores)} and store smaller images"
     )
 
 
@@ -147,13 +161,17 @@ def shown(figure: Figure) -> str:
     """A figure with its unit, short."""
     match figure.unit:
         case "s":
-            return f"{figure.value * 1e3:,.1f} ms" if figure.value < 1 else f"{figure.value:,.2f} s"
+            return _seconds(figure.value)
         case "1/s":
             return f"{figure.value:,.0f} /s"
         case "%":
             return f"{figure.value:.0%}"
-        case "h" | "days" | "":
-            return f"{figure.value:,.1f} {figure.unit}".rstrip()
+        case "days":
+            return _days(figure.value)
+        case "h":
+            return f"{_hours(figure.value)} h"
+        case "":
+            return f"{figure.value:,.4g}"
         case unit:
             return _with_prefix(figure.value, unit)
 
@@ -171,11 +189,26 @@ def to_json(plan: Plan) -> str:
         "stage": plan.stage,
         "share": plan.share,
         "micro_batch": plan.micro_batch,
-        "longest_term": plan.terms.longest,
+        "limit": plan.limit,
         "memory_bytes": memory,
         "figures": [figure._asdict() for figure in figures(plan)],
     }
     return json.dumps(tree, indent=2)
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _days(value: float) -> str:
+    if value >= 1:
+        return f"{value:,.1f} days"
+    hours = 24 * value
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _passes(plan: Plan) -> str:

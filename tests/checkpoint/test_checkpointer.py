@@ -81,7 +81,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(open_run, slow_disk):
     assert_equal(again.shard, run.expected(1))
 
 
-def test_a_save_waits_for_the_one_before_and_says_how_long(open_run, slow_disk, caplog):
+def test_a_save_waits_for_the_one_before_and_says_how_long(open_run, slow_disk, caplog, monkeypatch):
+    monkeypatch.setattr(module, "_LONG_WAIT_S", 0.1)
     run = open_run()
     write_step(run.shard, 1)
     run.checkpointer.save(TrainState(step=1))

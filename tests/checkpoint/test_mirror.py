@@ -52,7 +52,7 @@ def test_a_mirror_with_another_runs_checkpoints_is_refused(open_run, mirror, own
     open_run(mirror=str(mirror), origin={"optim.lr": 1.0, "new.key": 1}).save(1, 2)
     other = {"optim.lr": 2.0, "old.key": 1}
     open_run("other", origin=other).save(*own_steps)
-    with pytest.raises(ConfigError, match=r"holds another run's checkpoints \(optim.lr differ there\): name another place"):
+    with pytest.raises(ConfigError, match=r"holds another run's checkpoints \(differing: optim.lr\): name another place"):
         open_run("other", mirror=str(mirror), origin=other).checkpointer.load_newest()
     assert names(mirror) == ["step_00000001", "step_00000002"]
     assert open_run("third", mirror=str(mirror), origin={"optim.lr": 1.0}).checkpointer.load_newest().step == 2

@@ -13,11 +13,12 @@ from scaleclip.errors import ConfigError, RunError
 from scaleclip.plan_cli import plan as plan_command
 from scaleclip.planning.devices import device_names, load_device
 from scaleclip.planning.plan import JPEG_BYTES_PER_PX, SAMPLES_PER_CPU_S, Assumptions, _loss_bytes, plan, sweep
-from scaleclip.planning.tables import figures
+from scaleclip.planning.tables import data_advice, figures
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/demo.yaml"
 TINY = ["model=tiny", "train.global_batch=4096", "data.canonical_streams=1", "train.samples=40960", "train.precision=bf16"]
+TINY += ["data.workers=1000000"]  # so that cores decide
 
 
 def config_of(*overrides):
@@ -94,10 +95,28 @@ def test_the_network_is_slower_than_the_node():
 
 def test_data_limits_where_cores_are_few():
     few, many = planned(8, cpu_cores=0.5), planned(8, cpu_cores=1000.0)
-    assert few.terms.longest == "data"
+    assert few.limit == "data"
     assert few.step_s == few.terms.data > many.step_s
     enough = planned(8, cpu_cores=many.cpu_cores_needed)
     assert enough.terms.data == pytest.approx(many.busy_s)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "advice"),
+    [
+        (0, 14, "Steps wait for data: set data.workers=12 instead of 1"),
+        (8, 14, "Steps wait for data: set data.workers=12 instead of 8"),
+        (12, 14, None),
+        (12, 4.5, "Steps wait for data: 11.2 cores a device are needed, there are 4.5: set data.workers=4 and store smaller"),
+    ],
+)
+def test_data_limits_where_loaders_are_few(workers, cores, advice):
+    config = load_config(ROOT / "configs/laion400m.yaml", [f"data.workers={workers}"])
+    found = plan(config, 64, load_device("h100"), Assumptions(cpu_cores=cores))
+    assert (data_advice(found) or "").startswith(advice or "")
+    assert (data_advice(found) is None) == (advice is None)
+    assert (found.limit == "data") == (advice is not None)
+    assert found.terms.data == pytest.approx(512 / 673 / min(max(workers, 1), cores))
 
 
 def test_rates_of_data_are_those_of_the_record():
@@ -152,7 +171,7 @@ def test_the_command_prints_json_and_draws(tmp_path):
     tree = json.loads(invoke("--gpus", "8", "--json", "--picture", str(picture)).output)
     assert tree["devices"] == 8
     assert [each["stage"] for each in tree["memory_bytes"]] == [0, 1, 2, 3]
-    assert tree["longest_term"] in {"compute", "gradients", "parameters", "loss", "data"}
+    assert tree["limit"] in {"compute", "gradients", "parameters", "loss", "data"}
     assert picture.stat().st_size > 10_000
 
 
