@@ -45,8 +45,8 @@ MAY_IMPORT = {
         "losses", "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "step",
     },
     "cli": {
-        "checkpoint", "config", "config_io", "data", "data_cli", "deepspeed_config", "equivalence_cli", "evaluation", "metrics",
-        "models", "plan_cli", "report", "run_folder", "train",
+        "checkpoint", "config", "config_io", "config_rules", "data", "data_cli", "deepspeed_config", "equivalence_cli",
+        "evaluation", "metrics", "models", "plan_cli", "report", "run_folder", "train",
     },
     "data_cli": {"config", "data"},
     "equivalence_cli": {"config_io", "config_rules", "equivalence"},
