@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,9 @@ import typer
 
 from scaleclip.data_cli import data_app
 from scaleclip.equivalence_cli import verify_equivalence
-from scaleclip.errors import ConfigError, RunError, Stopped
+from scaleclip.errors import ConfigError
+from scaleclip.exit_codes import exiting_on_errors
+from scaleclip.launch_cli import cancel, check, jobs, launch, logs
 from scaleclip.plan_cli import plan
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(plan)
 app.command()(verify_equivalence)
+for command in (launch, jobs, logs, cancel, check):
+    app.command()(command)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -70,42 +73,18 @@ def evaluate(
     split: Annotated[
         list[str] | None, typer.Option(help="Split descriptions instead of the run's own; their figures are not saved.")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint, into RUN/evaluations, and not the newest.")] = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on held-out splits and print the table."""
-    import torch
     from rich.console import Console
 
-    from scaleclip.checkpoint.folders import damage, newest, saved
-    from scaleclip.checkpoint.loading import load_weights
-    from scaleclip.checkpoint.state import read_state
-    from scaleclip.data.cache import ShardCache
-    from scaleclip.data.tokenizer import load_tokenizer
-    from scaleclip.evaluation.evaluate import evaluate as run_evaluation
-    from scaleclip.evaluation.results import write_results
-    from scaleclip.evaluation.splits import open_splits
-    from scaleclip.models.dual_encoder import DualEncoder
+    from scaleclip.evaluate_run import evaluate_all, evaluate_newest
     from scaleclip.report import results_table
-    from scaleclip.run_folder import read_config
 
-    config = read_config(run)
-    path = newest(run)
-    if path is None and (found := saved(run)):
-        raise ConfigError(f"{run}: all checkpoints are damaged, the newest one by this: {damage(found[-1])}")
-    if path is None:
-        raise ConfigError(f"{run} has no checkpoint to evaluate: train first")
-    if not (split or config.eval.splits):
-        raise ConfigError("eval.splits of this run is empty: name some with --split")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DualEncoder(config.model.without_pretrained()).to(device)
-    # persistent buffers, which some towers have, are constants and not in a checkpoint
-    model.load_state_dict(model.state_dict() | load_weights(path))
-    tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-    splits = open_splits(split or config.eval.splits, ShardCache(config.data.cache))
-    figures = run_evaluation(model, tokenizer, splits, config)
-    step = read_state(path).step
-    if not split:
-        write_results(run, step, figures)
-    Console().print(results_table(f"{run}, step {step:,}", figures))
+    if every and split:
+        raise ConfigError("--all takes the run's own splits: leave out --split")
+    for step, figures in evaluate_all(run) if every else [evaluate_newest(run, split or ())]:
+        Console().print(results_table(f"{run}, step {step:,}", figures))
 
 
 @app.command()
@@ -147,30 +126,11 @@ def show_config(
 
 
 def main() -> None:
-    """Entry point; scaleclip.errors says which exit code means what."""
+    """Entry point; scaleclip.exit_codes says which exit code means what."""
     # no hub: everything a command needs lies on this machine
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
+    with exiting_on_errors():
         app()
-    except ConfigError as error:
-        _fail(error, 2)
-    except RunError as error:
-        _fail(error, 1)
-    except Stopped as stop:
-        _fail(stop, stop.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except Exception:
-        message = traceback.format_exc()
-        logging.getLogger("scaleclip").error(message)  # into the rank's log
-        _fail(message, 1)
-
-
-def _fail(error: Exception | str, code: int) -> None:
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("RANK", "0")) else ""
-    print(f"{rank}{error}", file=sys.stderr, flush=True)
-    # loader processes and the process group may wait for each other at the interpreter's end
-    os._exit(code)
 
 
 def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool = False) -> None:

@@ -295,7 +295,9 @@ class GuardConfig(Section):
     """Steps in a row, up to a log step, with a loss or a gradient that is not finite, each left out by all ranks, after which
     the run goes back to the last checkpoint and leaves out the batches since; failing again before a new one ends it."""
     hang_timeout_s: float = Field(default=1800.0, gt=0)
-    """Seconds without a step after which every rank writes its stacks beside its log and ends."""
+    """Seconds without a step after which every rank writes its stacks beside its log and ends with code 75."""
+    max_idle_starts: int = Field(default=3, ge=1)
+    """Starts of one SLURM job in a row that may go on from the same step; the next one ends with an error instead."""
 
 
 class MetricsConfig(Section):

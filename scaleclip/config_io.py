@@ -11,13 +11,15 @@ import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from scaleclip.config import RunConfig, Section, SourceConfig, ViewConfig
 from scaleclip.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
 
 # What may differ between the two halves of an interrupted run: none of these changes an update but for rounding.
 # (dropout's numbers depend on train.micro_batch)
@@ -67,13 +69,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """A nested mapping as a checked configuration; raises ConfigError with every fault on a line of its own."""
+    return parse_section(RunConfig, tree)
+
+
+def parse_section(section: type[S], tree: Mapping[str, Any]) -> S:
+    """A mapping as a checked `section`; raises ConfigError with every fault on a line of its own."""
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         faults = error.errors()
         # a list whose entries are at fault also counts as too short
         faults = [each for each in faults if each["type"] != "too_short" or not _has_fault_inside(each, faults)]
-        raise ConfigError("\n".join(_explain(fault) for fault in faults)) from None
+        raise ConfigError("\n".join(_explain(fault, section) for fault in faults)) from None
 
 
 def _has_fault_inside(fault: Any, faults: Sequence[Any]) -> bool:
@@ -213,15 +220,17 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", field
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, whole: type[Section]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         section = key.rpartition(".")[0]
         # sources and views are called as the user likes
         named: dict[str, type[Section]] = {"data.sources": SourceConfig, "data.views": ViewConfig}
         inside = named.get(section.rpartition(".")[0])
-        keys = [f"{section}.{field}" for field in inside.model_fields] if inside else [*known_keys(), *RunConfig.model_fields]
-        hint = _hint(key, keys) or "; scaleclip config --schema lists every key"
+        top = [*(name for name, _ in _fields(whole, "")), *whole.model_fields]
+        keys = [f"{section}.{field}" for field in inside.model_fields] if inside else top
+        every = "scaleclip config --schema lists every key" if whole is RunConfig else f"keys: {', '.join(whole.model_fields)}"
+        hint = _hint(key, keys) or f"; {every}"
         return f"unknown key {key!r}{hint}"
     return f"{key}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from scaleclip.errors import ConfigError, RunError
 
 # longer than an evaluation on rank 0, which the others wait for
 _TIMEOUT = datetime.timedelta(minutes=30)
+_RECORDED = 2000  # collectives
 # ports below the usual ephemeral range, one for each of the last 10,000 jobs of a cluster
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
@@ -37,8 +39,11 @@ class World:
         return self.rank == 0
 
 
-def init() -> World:
+def init(records: Path | None = None) -> World:
     """Join the process group that the environment describes: srun's step, torchrun's variables, or this process alone.
+
+    Args:
+        records: folder where NCCL's flight recorder leaves each rank's last collectives when one of them times out.
 
     Raises:
         ConfigError: the environment is incomplete, or has more ranks a node than devices.
@@ -55,6 +60,8 @@ def init() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        if records is not None:
+            _record_collectives(records)
     if not dist.is_initialized():
         # deepspeed reads these as well
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
@@ -114,6 +121,15 @@ def all_or_none() -> Iterator[None]:
     except Exception as caught:
         error = caught
     raise_together(error)
+
+
+def _record_collectives(folder: Path) -> None:
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", str(_RECORDED)),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/nccl_rank_"),
+    ):
+        os.environ.setdefault(name, value)
 
 
 def _ranks() -> tuple[int, int, int]:

@@ -2,6 +2,9 @@
 
 import signal
 
+HANG = 75
+"""Exit code of a rank that the watchdog ended (EX_TEMPFAIL): starting again may help."""
+
 
 class ConfigError(ValueError):
     """A setting that a user can mend: the message names the key, the value, the rule and the way out. Exit code 2."""

@@ -22,15 +22,21 @@ import torch
 from torch import Tensor
 
 from scaleclip.distributed import gather_objects
+from scaleclip.errors import HANG
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR2 (SLURM's warning) that this process got; a second SIGINT kills."""
+    """Remembers the first SIGUSR2 (SLURM's warning, which may come while a run starts) that this process got, and once the run
+    can save also SIGINT and SIGTERM, which end a start at once; a second SIGINT kills."""
 
     def __init__(self) -> None:
         self.received: int = 0
         """Number of the signal, 0 while there is none."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signal.SIGUSR2, self._remember)
+
+    def can_save(self) -> None:
+        """From now on the run acts on signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -143,7 +149,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file=self._file)
                 message = f"no step for {silent_s:.0f} s, and guard.hang_timeout_s={self._timeout_s:g}: this process ends; "
                 print(f"{message}the stacks of its threads are in {self._path}", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(HANG)
 
 
 def record_bad_steps(folder: Path, bad: Sequence[BadStep]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from scaleclip.planning.counting import count_flops
 from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.runtime import collected_at_log_steps, traced
 from scaleclip.schedule import learning_rate
+from scaleclip.status import StatusFile
 from scaleclip.step import TrainStep
 from scaleclip_kernels.gemm import fp32_library
 
@@ -52,7 +54,8 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         RunError: steps fail again and again, too many samples are invalid, memory is full, or a checkpoint cannot be written
             or read.
     """
-    world = distributed.init()
+    stop = StopSignal()
+    world = distributed.init(Path(config.run.folder) / "log")
     validate(config, world.size)
     with distributed.all_or_none():
         cache = ShardCache(config.data.cache)
@@ -66,7 +69,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     with distributed.all_or_none():
         check_runs_on(world.device, config.loss)
         gemm = fp32_library(world.device, config.model.embed_dim)
-        held = open_run(config, world.size, fingerprint(sources), gemm) if world.is_main else None
+        lock = open_run(config, world.size, fingerprint(sources), gemm) if world.is_main else None
     start, finished = distributed.gather_objects((start_name(), finished_step(folder) == config.train.steps))[0]
     log = log_to(folder, world.rank, start)
     if finished:
@@ -106,18 +109,26 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     )
     intake = Intake(batches)
     metrics: Metrics | None = None
+    status: StatusFile | None = None
     with distributed.all_or_none():
         if world.is_main:
+            status = StatusFile(folder, world.size, state.step, steps, state.samples, config.guard.max_idle_starts)
             metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
         quarantine = Quarantine(folder if world.is_main else None)
     peak = peak_tflops(world.device)
     samples_an_epoch = sum(source.manifest.num_samples for source in sources)
-    bad_steps, stop = BadSteps(config.guard.max_bad_steps), StopSignal()
+    bad_steps = BadSteps(config.guard.max_bad_steps)
     went_back_to: int | None = None
     save_is_due = False
     interval_start, logged_step = time.perf_counter(), state.step
     engine.model.train()
-    try:
+    stop.can_save()
+    with ExitStack() as at_end:
+        for held in (lock, metrics, batches):
+            if held is not None:
+                at_end.callback(held.close)
+        if status:
+            at_end.enter_context(status.watch())
         with (
             Watchdog(config.guard.hang_timeout_s, folder / "log" / start / f"{world.rank}.stacks") as watchdog,
             collected_at_log_steps() as collect,
@@ -157,7 +168,10 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                         log.warning(f"left out, since loss or gradients were not finite: {[each.step for each in bad]}")
                 _check_data(len(tally.faults), num_steps * config.train.global_batch, state, config, quarantine)
                 tflops = step_flops * num_steps / interval_s / 1e12
+                pairs_per_s = config.train.global_batch * num_steps / interval_s
                 with distributed.all_or_none():
+                    if status:
+                        status.advance(state.step, state.samples, pairs_per_s)
                     if metrics:
                         metrics.write(
                             Row(
@@ -168,7 +182,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                                 lr=lr,
                                 logit_scale=logit_scale,
                                 grad_norm=finite(grad_norm),
-                                pairs_per_s=config.train.global_batch * num_steps / interval_s,
+                                pairs_per_s=pairs_per_s,
                                 tflops=tflops,
                                 mfu=None if peak is None else tflops / peak,
                                 data_wait=tally.wait_s / world.size / interval_s,
@@ -227,12 +241,6 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
                 metrics.write_figures(state.step, figures)
                 # the last thing that a run writes
                 write_results(folder, state.step, figures)
-    finally:
-        batches.close()
-        if metrics:
-            metrics.close()
-        if held:
-            held.close()
     distributed.shutdown()
     return folder
 

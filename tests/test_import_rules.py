@@ -13,6 +13,7 @@ SOURCES = sorted([*(ROOT / "scaleclip").rglob("*.py"), *(ROOT / "kernels" / "sca
 MAY_IMPORT = {
     "scaleclip_kernels": set(),
     "errors": set(),
+    "exit_codes": set(),
     "files": set(),
     "config": set(),
     "config_io": {"config"},
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "traffic": set(),
     "guard": {"distributed"},
     "schedule": {"config"},
+    "status": set(),
     "optim": {"config", "models"},
     "run_folder": {"config", "config_io"},
     "data": {"config"},
@@ -39,17 +41,23 @@ MAY_IMPORT = {
     "equivalence": {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "models", "optim", "scaleclip_kernels", "step",
     },
+    "evaluate_run": {"checkpoint", "data", "evaluation", "models", "run_folder"},
     "report": {"evaluation", "metrics"},
     "train": {
         "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "engine", "evaluation", "fit", "guard",
-        "losses", "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "step",
+        "losses", "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "status", "step",
     },
     "cli": {
-        "checkpoint", "config", "config_io", "config_rules", "data", "data_cli", "deepspeed_config", "equivalence_cli",
-        "evaluation", "metrics", "models", "plan_cli", "report", "run_folder", "train",
+        "config", "config_io", "config_rules", "data_cli", "deepspeed_config", "equivalence_cli", "evaluate_run", "evaluation",
+        "exit_codes", "launch_cli", "metrics", "plan_cli", "report", "train",
     },
     "data_cli": {"config", "data"},
     "equivalence_cli": {"config_io", "config_rules", "equivalence"},
+    "cluster": {"config", "config_io"},
+    "launch": {"cluster", "config", "config_io", "evaluate_run", "exit_codes", "scaleclip_kernels", "train"},
+    "jobs": {"launch", "status"},
+    "launch_cli": {"cluster", "config", "config_io", "config_rules", "jobs", "launch", "node_check"},
+    "node_check": {"config", "data", "planning"},
     "plan_cli": {"config_io", "planning"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -59,7 +67,7 @@ MAY_IMPORT = {
 FENCES = {
     "deepspeed": {"engine"},
     "wandb": {"metrics"},
-    "submitit": set(),
+    "submitit": {"launch"},
     "streaming": {"data/mds"},
     "webdataset": {"data/convert"},
     "pyarrow": {"data"},
@@ -68,7 +76,7 @@ FENCES = {
     "triton": {"scaleclip_kernels"},
     "matplotlib": {"report", "planning/picture"},
     "transformers": {"models", "data"},
-    "typer": {"cli", "data_cli", "equivalence_cli", "plan_cli"},
+    "typer": {"cli", "data_cli", "equivalence_cli", "launch_cli", "plan_cli"},
 }
 
 KERNELS_MAY_IMPORT = {"torch", "triton", "scaleclip_kernels", *sys.stdlib_module_names}

@@ -7,6 +7,10 @@
 #   local_cluster.sh status          print nodes and queue; the exit code is 0 only if every node is usable
 #   local_cluster.sh stop            kill every process of the cluster, its jobs included
 #   local_cluster.sh env             print what lets sbatch find the cluster: eval "$(local_cluster.sh env)"
+#   local_cluster.sh crash NODE      cut its power: its slurmd and all that runs there end at once
+#   local_cluster.sh kill-slurmd NODE  only its slurmd ends; what runs there goes on
+#   local_cluster.sh revive NODE     start its slurmd again
+#   local_cluster.sh restart-controller
 #
 # Every subcommand may be repeated. `start` keeps a healthy cluster of that size; otherwise it clears away what an
 # earlier one left behind, its job history included, and begins anew. Logs stay in LOCAL_SLURM_DIR/log until then.
@@ -14,12 +18,14 @@
 # Partitions: `main` (the default) and `preemptible`, whose jobs are requeued when a job in `main` needs their place.
 # Every node claims 8 CPUs, 64 GB and 8 GPUs, whatever the machine has, so a job sees the variables of such a node.
 #
-# Environment: LOCAL_SLURM_DIR   state folder (default ${TMPDIR:-/tmp}/scaleclip-slurm)
+# Environment: LOCAL_SLURM_CPUS  what a node claims instead of 8
+#              LOCAL_SLURM_DIR   state folder (default ${TMPDIR:-/tmp}/scaleclip-slurm)
 #              LOCAL_SLURM_PORT  first of the TCP ports (default 16800): slurmctld, slurmdbd, then one per node
 set -euo pipefail
 
 state=$(realpath -m "${LOCAL_SLURM_DIR:-${TMPDIR:-/tmp}/scaleclip-slurm}")
 port=${LOCAL_SLURM_PORT:-16800}
+cpus=${LOCAL_SLURM_CPUS:-8}
 host=$(uname -n)
 host=${host%%.*}
 hosts_mark="# SLURM cluster in $state"
@@ -62,9 +68,20 @@ pids() {
     xargs -r grep -lsz '^SLURMD_NODENAME=' | cut -d/ -f3 || true
 }
 
-kill_all() {
+pids_of() { # NODE
+  find /proc/[0-9]*/cwd -maxdepth 0 -lname "$state/run/$1" 2>/dev/null | cut -d/ -f3 || true
+  grep -lszxF -- "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ | xargs -r grep -lszx "SLURMD_NODENAME=$1" | cut -d/ -f3 || true
+}
+
+slurmd_of() { # NODE
+  find /proc/[0-9]*/cwd -maxdepth 0 -lname "$state/run/$1" 2>/dev/null | cut -d/ -f3 | while read -r pid; do
+    [ "$(cat "/proc/$pid/comm")" != slurmd ] || echo "$pid"
+  done
+}
+
+kill_all() { # COMMAND...: that prints whom
   local deadline=$((SECONDS + 10)) left
-  while left=$(pids) && [ -n "$left" ]; do
+  while left=$("$@") && [ -n "$left" ]; do
     ((SECONDS < deadline)) || die "processes that do not die: ${left//$'\n'/ }"
     xargs kill -KILL <<<"$left" 2>/dev/null || true
     sleep 0.1
@@ -138,13 +155,16 @@ SelectTypeParameters=CR_CPU
 # Quick rather than frugal: the queue holds a handful of jobs.
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=2
 KillWait=5
+# a node that does not answer for so long is down; it is used again once it does
+SlurmdTimeout=15
+ReturnToService=1
 
 # A preempted job first gets the signal of its --signal, and GraceTime later the end.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 
-NodeName=DEFAULT CPUs=8 RealMemory=64000 Gres=gpu:a100:8
+NodeName=DEFAULT CPUs=$cpus RealMemory=64000 Gres=gpu:a100:8
 $(for ((k = 1; k <= nodes; k++)); do echo "NodeName=n$k NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1 + k))"; done)
 PartitionName=DEFAULT Nodes=ALL DefaultTime=60 MaxTime=INFINITE
 PartitionName=main Default=YES PriorityTier=10 PreemptMode=OFF
@@ -187,7 +207,7 @@ start() { # NODES
   if usable "$nodes"; then return; fi
   [ ! -d "$state" ] || [ -d "$state/run" ] || [ -z "$(ls -A "$state")" ] || die "LOCAL_SLURM_DIR=$state holds other things"
 
-  kill_all
+  kill_all pids
   for ((k = port; k < port + 2 + nodes; k++)); do
     ! listening "$k" || die "TCP port $k is taken: set LOCAL_SLURM_PORT to another range"
   done
@@ -229,8 +249,16 @@ case "${1:-} $#" in
     usable "$(grep -c '^NodeName=n' "$SLURM_CONF")"
     ;;
   "stop 1")
-    kill_all
+    kill_all pids
     write_hosts
+    ;;
+  "crash 2") kill_all pids_of "$2" ;;
+  "kill-slurmd 2") kill_all slurmd_of "$2" ;;
+  "revive 2") [ -n "$(slurmd_of "$2")" ] || spawn "$2" slurmd -D -N "$2" ;;
+  "restart-controller 1")
+    kill_all pids_of slurmctld
+    spawn slurmctld slurmctld -D
+    wait_for 30 slurmctld listening "$port"
     ;;
   "env 1") echo "export SLURM_CONF=$SLURM_CONF" ;;
   *)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from runs import assert_same_curve, run
+from runs import rows as read_rows
+from slurm_cluster import REPOSITORY
+
 DEMO = REPOSITORY / "slurm" / "demo.sh"
 NUM_STEPS = 40  # enough for a signal sent at the first row to arrive before the last
 LOG_EVERY_STEPS = 5
@@ -27,10 +30,6 @@ TIMEOUT_S = 300
 def overrides(folder: Path, num_steps: int) -> list[str]:
     """Of a run of `num_steps` steps in `folder`/run."""
     return [*OVERRIDES, f"train.samples={64 * num_steps}", f"run.folder={folder / 'run'}"]
-
-
-def read_rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_finished(folder: Path, num_steps: int, world_size: int) -> None:
@@ -49,7 +48,7 @@ def log_of(folder: Path, job: str) -> str:
 
 def submit_demo(cluster, folder: Path) -> str:
     """Submit from `folder`, where the job's log goes, with `folder`/run as run folder."""
-    return cluster.submit("--nodes=2", DEMO, *overrides(folder, NUM_STEPS), cwd=folder)
+    return cluster.submit("--nodes=2", "--ntasks-per-node=2", DEMO, *overrides(folder, NUM_STEPS), cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +62,13 @@ def undisturbed_run(cluster, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
-def test_sbatch_trains_on_two_nodes(undisturbed_run: Path) -> None:
-    check_finished(undisturbed_run, NUM_STEPS, world_size=2)
+def test_sbatch_trains_on_two_nodes_as_one_process_does(undisturbed_run: Path, tmp_path: Path) -> None:
+    check_finished(undisturbed_run, NUM_STEPS, world_size=4)
+    run("train", "package:scaleclip/configs/demo.yaml", *overrides(tmp_path, NUM_STEPS))
+    assert_same_curve(undisturbed_run, tmp_path / "run")
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
 def test_signalled_job_saves_requeues_itself_and_ends_with_the_same_figures(
     cluster, tmp_path: Path, undisturbed_run: Path
 ) -> None:

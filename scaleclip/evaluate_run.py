@@ -1,0 +1,72 @@
+"""Evaluations of a run's checkpoints, after training or beside it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from scaleclip.checkpoint.folders import damage, newest, saved
+from scaleclip.checkpoint.loading import load_weights
+from scaleclip.checkpoint.state import read_state
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.tokenizer import load_tokenizer
+from scaleclip.errors import ConfigError
+from scaleclip.evaluation.evaluate import evaluate
+from scaleclip.evaluation.results import Figure, write_results
+from scaleclip.evaluation.splits import open_splits
+from scaleclip.files import write_atomic
+from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.run_folder import read_config
+
+
+def evaluate_newest(run: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
+    """Step and figures of a run's newest whole checkpoint; of the run's own splits, they become its results.json.
+
+    Args:
+        run: the run's folder.
+        splits: descriptions to take in place of the run's own.
+
+    Raises:
+        ConfigError: no run, no whole checkpoint, or no splits.
+    """
+    path = newest(run)
+    if path is None and (found := saved(run)):
+        raise ConfigError(f"{run}: all checkpoints are damaged, the newest one by this: {damage(found[-1])}")
+    if path is None:
+        raise ConfigError(f"{run} has no checkpoint to evaluate: train first")
+    step, figures = _evaluate(run, path, splits)
+    if not splits:
+        write_results(run, step, figures)
+    return step, figures
+
+
+def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
+    """Steps and figures of every whole checkpoint that a run has kept, oldest first, also in RUN/evaluations/step_X.json.
+
+    Raises:
+        ConfigError: no run, no whole checkpoint, or no splits.
+    """
+    paths = [path for path in saved(run) if damage(path) is None]
+    if not paths:
+        raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
+    (run / "evaluations").mkdir(exist_ok=True)
+    for path in paths:
+        step, figures = _evaluate(run, path, ())
+        rows = [figure._asdict() for figure in figures]
+        write_atomic(run / "evaluations" / f"{path.name}.json", json.dumps({"step": step, "figures": rows}, indent=2))
+        yield step, figures
+
+
+def _evaluate(run: Path, path: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
+    config = read_config(run)
+    patterns = splits or config.eval.splits
+    if not patterns:
+        raise ConfigError("eval.splits of this run is empty: name some with --split")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DualEncoder(config.model.without_pretrained()).to(device)
+    # persistent buffers, which some towers have, are constants and not in a checkpoint
+    model.load_state_dict(model.state_dict() | load_weights(path))
+    tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
+    figures = evaluate(model, tokenizer, open_splits(patterns, ShardCache(config.data.cache)), config)
+    return read_state(path).step, figures

@@ -1,0 +1,39 @@
+"""How a process ends: what went wrong as one message, and as a code.
+
+0: done. 1: the run failed. 2: a setting or the environment is at fault. 75: the watchdog ended a hang. 128 + a signal's number.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+from scaleclip.errors import ConfigError, RunError, Stopped
+
+
+@contextlib.contextmanager
+def exiting_on_errors() -> Iterator[None]:
+    """Around all that a process does: an error ends it at once, with its code."""
+    try:
+        yield
+    except ConfigError as error:
+        _exit(error, 2)
+    except RunError as error:
+        _exit(error, 1)
+    except Stopped as stop:
+        _exit(stop, stop.exit_code)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except Exception:
+        message = traceback.format_exc()
+        logging.getLogger("scaleclip").error(message)  # into the rank's log
+        _exit(message, 1)
+
+
+def _exit(error: Exception | str, code: int) -> None:
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("RANK", "0")) else ""
+    print(f"{rank}{error}", file=sys.stderr, flush=True)
+    # loader processes and the process group may wait for each other at the interpreter's end
+    os._exit(code)

@@ -1,0 +1,141 @@
+"""Commands for jobs on a cluster. Imports inside, as in scaleclip/cli.py."""
+
+import itertools
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scaleclip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from scaleclip.config import RunConfig
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="Defaults: a name in slurm/clusters, or a .yaml file.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of the job.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="Nodes with which it starts where not all are free.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of a node, a rank each.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks of a node, where that is not its GPUs.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs of a rank.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Time limit, after which the job goes on in a new one.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM's account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM's quality of service.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes that the job must not get.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="KEY=V1,V2: a run each, every combination; an array of jobs.")] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="A second job evaluates every checkpoint once the first is done.")
+    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine instead, on the ranks of a node.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what sbatch would get, and submit nothing.")] = False,
+) -> None:
+    """Submit a run to SLURM: it saves and starts again at time limits, preemptions and failures until it is finished."""
+    from scaleclip.cluster import load_cluster
+    from scaleclip.config_rules import validate
+    from scaleclip.launch import run_here, sbatch_file, submit
+
+    options = {
+        "nodes": nodes, "min_nodes": min_nodes, "gpus": gpus, "ranks": ranks, "cpus": cpus, "hours": hours,
+        "partition": partition, "account": account, "qos": qos, "exclude": exclude,
+    }  # fmt: skip
+    wanted = load_cluster(cluster, options)
+    configs = _swept(config, overrides or (), sweep or ())
+    for each in configs:
+        validate(each, wanted.ranks_per_node * (1 if local else wanted.nodes))
+    if dry_run:
+        typer.echo(sbatch_file(configs[0], wanted))
+    elif local:
+        run_here(configs, wanted, evaluate=evaluate)
+    else:
+        for each, job in zip(configs, submit(configs, wanted, evaluate=evaluate), strict=True):
+            typer.echo(f"job {job} trains {each.run.folder}: scaleclip logs {each.run.folder} --follow")
+
+
+def jobs(
+    root: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")] = Path("runs"),
+) -> None:
+    """List runs: what they do, how far they are, how fast, when they will be done."""
+    from rich.console import Console
+
+    from scaleclip.jobs import jobs_table
+
+    Console().print(jobs_table(root))
+
+
+def logs(
+    run: RunFolder,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    lines: Annotated[int, typer.Option(min=0, help="From the end.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written, over restarts.")] = False,
+) -> None:
+    """Print the log of a run's newest start."""
+    from scaleclip.jobs import log_lines
+
+    for line in log_lines(run, rank, lines, follow):
+        typer.echo(line)
+
+
+def cancel(run: RunFolder) -> None:
+    """End the jobs of a run for good; what is not saved is lost, see `scancel --signal=USR2` for a stop that saves."""
+    from scaleclip.jobs import cancel_jobs
+
+    for job in cancel_jobs(run):
+        typer.echo(f"job {job} is cancelled")
+
+
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Of the whole job.")] = 1,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds between SLURM's warning and the end.")] = 60.0,
+) -> None:
+    """Check this node before a job trains on it: GPUs, run folder, disk, time to save, data.
+
+    A line a failed check. The exit code is 2 where a setting must be mended, 3 where only this node is at fault.
+    """
+    from scaleclip.config_io import load_config
+    from scaleclip.config_rules import validate
+    from scaleclip.files import resolve_path
+    from scaleclip.node_check import check_node
+
+    run = load_config(resolve_path(config), overrides or ())
+    validate(run, ranks)
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    faults = list(check_node(run, ranks, -(-ranks // nodes), grace))
+    for fault in faults:
+        typer.echo(f"bad node {node}: {fault.message}" if fault.of_node else f"check failed: {fault.message}")
+    if faults:
+        raise typer.Exit(3 if all(fault.of_node for fault in faults) else 2)
+
+
+def _swept(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> "list[RunConfig]":
+    """A configuration for every combination of the swept values, each with a folder of its own."""
+    from scaleclip.config_io import load_config
+    from scaleclip.files import resolve_path
+
+    axes = []
+    for text in sweeps:
+        key, equals, values = text.partition("=")
+        if not equals or not all(values.split(",")):
+            raise ConfigError(f"--sweep={text}: give a key and values, for example optim.lr=1e-3,5e-4")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    folder = load_config(resolve_path(config), overrides).run.folder
+    found = []
+    for chosen in itertools.product(*axes):
+        own = [f"run.folder={folder}/{'-'.join(chosen)}"] if chosen else []
+        found.append(load_config(resolve_path(config), [*overrides, *chosen, *own]))
+    return found

@@ -1,0 +1,66 @@
+# What the sbatch scripts of this folder share: they set `home`, the repository, source this file and call run_job.
+#
+# Environment: SCALECLIP_PYTHON    the Python to run (default: .venv/bin/python in the repository)
+#              SCALECLIP_ACTIVATE  a script to source first: `module load ...`, interconnect settings, a virtual environment
+#              SCALECLIP_SRUN      further options of srun, such as --container-image=... --container-mounts=...
+#              SCALECLIP_GRACE_S   seconds between SLURM's warning and the end (default 60): what --signal says
+#              SCALECLIP_CHECK     0 trains without checking the nodes first
+
+die() {
+  echo "scaleclip: $*" >&2
+  exit 2
+}
+
+run_job() { # CONFIG [KEY=VALUE...]: train it on the job's nodes; without SLURM, here
+  cd "$home"
+  # shellcheck disable=SC1090 # the user's
+  [ -z "${SCALECLIP_ACTIVATE:-}" ] || source "$SCALECLIP_ACTIVATE"
+  python=${SCALECLIP_PYTHON:-$PWD/.venv/bin/python}
+  command -v "$python" >/dev/null || [ -n "${SCALECLIP_SRUN:-}" ] ||
+    die "no Python at '$python': run 'make demo' in $PWD once, or set SCALECLIP_PYTHON"
+  [ -n "${SLURM_JOB_ID:-}" ] || exec "$python" -m scaleclip train "$@"
+
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it over from sbatch
+  [ "${SCALECLIP_CHECK:-1}" = 0 ] || check_nodes "$@"
+  local status=0
+  # shellcheck disable=SC2086 # several options
+  srun --kill-on-bad-exit=1 ${SCALECLIP_SRUN:-} "$python" -m scaleclip train "$@" || status=$?
+  end_job "$status"
+}
+
+check_nodes() { # CONFIG [KEY=VALUE...]: end the job if something is amiss; start it again elsewhere if it is a node
+  local found bad status=0
+  # shellcheck disable=SC2086
+  found=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+    ${SCALECLIP_SRUN:-} "$python" -m scaleclip check --ranks "$SLURM_NTASKS" --grace "${SCALECLIP_GRACE_S:-60}" "$@") || status=$?
+  [ "$status" != 0 ] || return 0
+  sort -u <<<"$found"
+  ! grep -q '^check failed: ' <<<"$found" || exit 2
+  bad=$(sed -nE 's/^bad node ([^:]+): .*/\1/p' <<<"$found" | sort -u | paste -sd,)
+  [ -z "$bad" ] || start_again "$bad"
+  end_job "$status"
+}
+
+end_job() { # STATUS of the ranks
+  case $1 in
+    # saved on SLURM's warning (128 + USR2); a hang; killed: ABRT, BUS, KILL, SEGV
+    140 | 75 | 134 | 135 | 137 | 139) start_again "" ;;
+  esac
+  exit "$1" # 0: finished; else the ranks have said why, and would say it again
+}
+
+start_again() { # NODES: put the job back into the queue, for nodes other than these
+  local excluded _
+  trap '' TERM # which SLURM now sends
+  scontrol requeue "$SLURM_JOB_ID" || die "job $SLURM_JOB_ID cannot be requeued: submit it again"
+  if [ -n "$1" ]; then
+    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -nE 's/.*ExcNodeList=([^ ]+).*/\1/p' | sed 's/^(null)$//')
+    # a job's nodes can be chosen only while it waits
+    for _ in {1..20}; do
+      ! scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$1${excluded:+,$excluded}" || break
+      sleep 0.5
+    done
+  fi
+  exit 1
+}

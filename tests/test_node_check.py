@@ -1,0 +1,57 @@
+"""What is checked on a node before a job trains there."""
+
+import pytest
+import torch
+
+from scaleclip import node_check
+from scaleclip.config_io import load_config
+from scaleclip.node_check import check_node
+
+
+@pytest.fixture
+def config(tiny_config):
+    return load_config(tiny_config)
+
+
+def faults(config, ranks=2, local_ranks=2, grace_s=60.0):
+    return list(check_node(config, ranks, local_ranks, grace_s))
+
+
+def test_a_node_in_order_has_no_faults(config, tmp_path):
+    assert faults(config) == []
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_data_that_cannot_be_read_is_named(config, shards):
+    (shards / "00000.tar").write_bytes(b"no tar")
+    [fault] = faults(config)
+    assert fault.message.startswith("data.sources.tiny: ")
+    assert "00000.tar" in fault.message
+    assert not fault.of_node
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    [fault] = faults(config)
+    assert fault.message == f"run.folder={tmp_path}/run cannot be written: File exists"
+
+
+def test_a_disk_that_is_too_small_is_said_with_what_is_needed(config, monkeypatch):
+    monkeypatch.setattr(node_check.shutil, "disk_usage", lambda path: node_check.shutil._ntuple_diskusage(10, 9, 1))
+    [fault] = faults(config)
+    assert "has 0.0 GiB free, and 2 checkpoints of 0.0 GiB" in fault.message
+    assert "checkpoint.keep" in fault.message
+
+
+def test_saving_that_takes_longer_than_the_warning_is_said(config):
+    [fault] = faults(config, grace_s=0.0)
+    assert "SLURM's warning comes 0 s before the end" in fault.message
+    assert "SCALECLIP_GRACE_S=" in fault.message
+
+
+def test_gpus_that_torch_does_not_see_are_the_nodes_fault(config, monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [fault] = faults(config)
+    assert fault.of_node
+    assert fault.message == "2 ranks and 2 GPUs of SLURM's, but torch sees 0"
