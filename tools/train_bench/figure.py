@@ -43,22 +43,25 @@ def _draw_peers(axis: Any, rows: Sequence[Row]) -> None:
         unit = found[name, OPEN_CLIP][RATE].p50
         at = names.index(name) + (-0.2 if is_ours else 0.2)
         error = [[(row.p50 - row.p20) / unit], [(row.p80 - row.p50) / unit]]
-        axis.bar(at, row.p50 / unit, 0.38, color=_COLOURS[0 if is_ours else 1], yerr=error, capsize=3)
-        said = f"{row.p50:,.4g}/s" + (f"\n{point[RATIO].p50:.2f}x" if RATIO in point else "")
-        axis.annotate(said, (at, row.p80 / unit), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.margins(y=0.18)
-    axis.set_ylabel("pairs a second, times the peer's median")
-    axis.set_title("scaleclip (left) and open_clip (right)", loc="left", fontsize=10)
-    axis.grid(visible=True, axis="y", alpha=0.3)
+        axis.barh(at, row.p50 / unit, 0.38, color=_COLOURS[0 if is_ours else 1], xerr=error, capsize=3)
+        said = f"{row.p50:,.4g}/s" + (f", {point[RATIO].p50:.2f} x" if RATIO in point else "")
+        axis.annotate(said, (row.p80 / unit, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set_xlabel("pairs a second, times the peer's median")
+    axis.set_title("scaleclip (above) and open_clip (below)", loc="left", fontsize=10)
+    axis.grid(visible=True, axis="x", alpha=0.3)
     axis.set_axisbelow(True)
 
 
 def _comparison(row: Row) -> str:
     """What both trainers of a comparison have in common, said short."""
-    lines = [f"{row.towers}, {row.global_batch}", f"from {row.source}", f"{row.setting}, {row.precision}"]
-    lines += [f"{row.threads} threads", f"ZeRO-{row.stage}"]
-    return "\n".join([*lines, *([f"{row.workers} loaders"] if row.source == "shards" else [])])
+    loaders = f", {row.workers} loader(s)" if row.source == "shards" else ""
+    return (
+        f"{row.towers}, {row.global_batch} pairs from {row.source}\n"
+        f"{row.setting}, {row.precision}, {row.threads} thread(s), ZeRO-{row.stage}{loaders}"
+    )
 
 
 def _draw_losses(axis: Any, rows: Sequence[Row]) -> None:
