@@ -1,6 +1,5 @@
 """What happens to jobs on a cluster: each run ends like an undisturbed one, and loses at most what came after its last save."""
 
-import contextlib
 import json
 import os
 import signal
@@ -62,15 +61,19 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
+def node_states(cluster: Cluster, *options: str) -> list[str]:
+    return cluster.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", *options).split()
+
+
 @pytest.fixture(autouse=True)
 def healthy_nodes(cluster: Cluster) -> Iterator[None]:
     """Every node is back after a test."""
     yield
     for node in NODES:
         cluster.control("revive", node)
-        with contextlib.suppress(Exception):
+        if "down" in node_states(cluster, "--nodes", node):
             cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-    wait_until(lambda: "usable" if set(cluster.run("sinfo", "-hN", "-p", "main", "-o", "%T").split()) == {"idle"} else "")
+    wait_until(lambda: set(node_states(cluster)) == {"idle"})
 
 
 def preempt(cluster: Cluster, job: str, folder: Path) -> None:
