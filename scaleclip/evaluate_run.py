@@ -42,7 +42,8 @@ def evaluate_newest(run: Path, splits: Sequence[str]) -> tuple[int, list[Figure]
 
 
 def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
-    """Steps and figures of every whole checkpoint that a run has kept, oldest first, also in RUN/evaluations/step_X.json.
+    """Steps and figures of every whole checkpoint that a run has kept, oldest first, also in RUN/evaluations/step_X.json; those
+    that are there already are left out.
 
     Raises:
         ConfigError: no run, no whole checkpoint, or no splits.
@@ -52,9 +53,12 @@ def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
         raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
     (run / "evaluations").mkdir(exist_ok=True)
     for path in paths:
+        target = run / "evaluations" / f"{path.name}.json"
+        if target.exists():
+            continue
         step, figures = _evaluate(run, path, ())
         rows = [figure._asdict() for figure in figures]
-        write_atomic(run / "evaluations" / f"{path.name}.json", json.dumps({"step": step, "figures": rows}, indent=2))
+        write_atomic(target, json.dumps({"step": step, "figures": rows}, indent=2))
         yield step, figures
 
 

@@ -1,6 +1,7 @@
 """How a process ends: what went wrong as one message, and as a code.
 
-0: done. 1: the run failed. 2: a setting or the environment is at fault. 75: the watchdog ended a hang. 128 + a signal's number.
+0: done. 1: the run failed. 2: a setting or the environment is at fault. 70: an error that nobody foresaw (EX_SOFTWARE). 75: the
+watchdog ended a hang. 128 + a signal's number. slurm/job.sh starts jobs again by them.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def exiting_on_errors() -> Iterator[None]:
     except Exception:
         message = traceback.format_exc()
         logging.getLogger("scaleclip").error(message)  # into the rank's log
-        _exit(message, 1)
+        _exit(message, 70)
 
 
 def _exit(error: Exception | str, code: int) -> None:

@@ -4,14 +4,14 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from scaleclip.errors import ConfigError
-from scaleclip.launch import LAUNCHES
-from scaleclip.status import Status, read_status
+from scaleclip.status import LAUNCHES, Status, read_status
 
 _SILENT_S = 600.0  # a run without a log step for so long, and without a job, has been killed
 _POLL_S = 0.5
@@ -24,11 +24,15 @@ def jobs_table(root: Path) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("step", "pairs/s", "left", "starts", "device-hours", "moved"):
         table.add_column(column, justify="right")
-    in_queue = _queue()
+    in_queue: dict[str, str] = {}
+    try:
+        in_queue = _queue()
+    except ConfigError as error:
+        table.caption = f"What is in the queue is unknown: {error}"
     folders = {path.parent for name in ("status.json", LAUNCHES) for path in root.glob(f"**/{name}")}
     rows = [(folder, read_status(folder)) for folder in sorted(folders)]
     for folder, status in sorted(rows, key=lambda row: -(row[1].updated_s if row[1] else 0)):
-        job = _last_job(folder, status)
+        job = _last_job(folder, status, in_queue)
         queued = in_queue.get(job or "")
         name = str(folder.relative_to(root)) if folder != root else folder.name
         if status is None:
@@ -52,14 +56,15 @@ def log_lines(run: Path, rank: int, lines: int, follow: bool) -> Iterator[str]:
     """The last lines of a rank's newest log, and with `follow` for ever what is written there and by later starts.
 
     Raises:
-        ConfigError: the run has no log of that rank yet.
+        ConfigError: the run has no log of that rank yet; with `follow` that is waited for.
     """
-    path = _newest_log(run, rank)
+    while (path := _newest_log(run, rank)) is None and follow:
+        time.sleep(_POLL_S)
     if path is None:
         raise ConfigError(f"{run}/log has no log of rank {rank}: the run has not started, or {run} is none")
-    text = path.read_text(errors="replace")
-    yield from text.splitlines()[-lines:] if lines else []
-    position = len(text.encode(errors="replace"))
+    content = path.read_bytes()
+    position = content.rfind(b"\n") + 1 if follow else len(content)
+    yield from content[:position].decode(errors="replace").splitlines()[-lines:] if lines else []
     while follow:
         time.sleep(_POLL_S)
         with path.open("rb") as file:
@@ -99,32 +104,33 @@ def _state(status: Status, queued: str | None) -> str:
 
 def _jobs(run: Path, status: Status | None) -> list[str]:
     """Ids of the jobs that were submitted for a run, or ran it, oldest first."""
-    path = run / LAUNCHES
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = [str(job) for row in rows for job in row["jobs"]]
+    found = [str(row["job"]) for row in _launches(run)]
     if status and status.job and status.job not in found:
         found.append(status.job)
     return found
 
 
-def _last_job(run: Path, status: Status | None) -> str | None:
-    if status and status.job:
-        return status.job
-    return next(iter(_jobs(run, status)), None)
+def _launches(run: Path) -> list[dict[str, Any]]:
+    path = run / LAUNCHES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _last_job(run: Path, status: Status | None, in_queue: Mapping[str, str]) -> str | None:
+    """The newest job that is in the queue, else the one that ran last."""
+    waiting = [job for job in _jobs(run, status) if job in in_queue]
+    return waiting[-1] if waiting else status.job if status else None
 
 
 def _queue() -> dict[str, str]:
-    """State of every job in SLURM's queue by id; empty without SLURM."""
+    """State of every job in SLURM's queue by id, of an array's member ARRAY_MEMBER; empty without SLURM."""
     if shutil.which("squeue") is None:
         return {}
     listed = subprocess.run(
-        ["squeue", "--noheader", "--array", "--format", "%i %A %T"], capture_output=True, text=True, check=False
+        ["squeue", "--noheader", "--array", "--format", "%i %T"], capture_output=True, text=True, check=False
     )
-    found: dict[str, str] = {}
-    for line in listed.stdout.splitlines():
-        shown, raw, state = line.split()
-        found |= {shown: state, raw: state}
-    return found
+    if listed.returncode:
+        raise ConfigError(f"squeue does not answer: {listed.stderr.strip()}")
+    return dict(line.split() for line in listed.stdout.splitlines())
 
 
 def _newest_log(run: Path, rank: int) -> Path | None:

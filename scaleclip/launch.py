@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config, to_yaml
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.exit_codes import exiting_on_errors
+from scaleclip.status import LAUNCHES
 
-LAUNCHES = "launches.jsonl"
-"""In a run's folder: a row a job that was submitted for it."""
+_YEAR_MIN = 365 * 24 * 60
 _JOBS = "jobs"  # in a run's folder: submitit's
 _DEMO = "data/demo"
 
@@ -42,9 +43,7 @@ class TrainJob:
 
     def __call__(self) -> None:
         """Returns when the run is finished; otherwise the process ends with the code that says why."""
-        # submitit's handler would put the job back into the queue; without one, this ends the rank with the code that job.sh
-        # knows, until the run can save
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        _forget_handlers()
         with exiting_on_errors():
             if os.environ["SUBMITIT_EXECUTOR"] == "local":
                 submitit.helpers.TorchDistributedEnvironment().export()
@@ -60,7 +59,8 @@ class EvaluateJob:
     folder: str
 
     def __call__(self) -> None:
-        """Figures go into the run's folder, see scaleclip.evaluate_run."""
+        """Figures go into the run's folder, see scaleclip.evaluate_run; those that are there are not made again."""
+        _forget_handlers()
         with exiting_on_errors():
             from scaleclip.evaluate_run import evaluate_all
 
@@ -68,50 +68,64 @@ class EvaluateJob:
                 print(f"step {step:,} of {self.folder} is evaluated", flush=True)
 
 
-def submit(configs: Sequence[RunConfig], cluster: Cluster, *, evaluate: bool) -> list[str]:
+def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> list[str]:
     """Submit a job for each run, several as one array; their ids. With `evaluate` a job follows each that finishes.
 
+    Args:
+        configs: of the runs.
+        root: folder of the run, or of all runs of a sweep.
+        cluster: what each job asks for.
+        evaluate: submit a second job for each.
+
     Raises:
-        ConfigError: a run's folder cannot be written, or SLURM refuses the job.
+        ConfigError: a folder cannot be written, or SLURM refuses the job.
     """
     try:
-        code = _copy_code(Path(configs[0].run.folder))
-        executor = _executor(configs[0], cluster, code, "slurm")
-        jobs = executor.map_array(_call, [TrainJob(to_yaml(config)) for config in configs])
+        for config in configs:
+            Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+        code = _copy_code(root)
+        # members of an array would each need a check of their own
+        checked = code / "config.yaml" if len(configs) == 1 else None
+        if checked:
+            checked.write_text(to_yaml(configs[0]))
+        jobs = _executor(root, cluster, code, "slurm", checked=checked).map_array(
+            _call, [TrainJob(to_yaml(config)) for config in configs]
+        )
         for config, job in zip(configs, jobs, strict=True):
-            followers = []
+            _note(config, str(job.job_id))
+        for config, job in zip(configs, jobs, strict=True):
             if evaluate:
-                after = _executor(config, _one_rank(cluster), code, "slurm", dependency=f"afterok:{job.job_id}")
-                followers = [after.submit(EvaluateJob(config.run.folder)).job_id]
-            _note(config, [job.job_id, *followers])
+                after = _executor(root, _one_rank(cluster), code, "slurm", dependency=f"afterok:{job.job_id}")
+                _note(config, str(after.submit(EvaluateJob(config.run.folder)).job_id))
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"SLURM refuses the job: {error}") from error
     except OSError as error:
-        raise ConfigError(f"run.folder={configs[0].run.folder}: {error}") from error
+        raise ConfigError(f"run.folder={root}: {error}") from error
     return [str(job.job_id) for job in jobs]
 
 
-def sbatch_file(config: RunConfig, cluster: Cluster) -> str:
-    """What `submit` would give to sbatch for a single run."""
-    executor = _executor(config, cluster, Path(config.run.folder).absolute() / "code", "slurm")
+def sbatch_file(root: Path, cluster: Cluster) -> str:
+    """What `submit` would give to sbatch for a single run; CODE stands for the copy's time."""
+    code = root.absolute() / "code" / "CODE"
+    executor = _executor(root, cluster, code, "slurm", checked=code / "config.yaml")
     slurm: Any = executor._executor
     return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
 
 
-def run_here(configs: Sequence[RunConfig], cluster: Cluster, *, evaluate: bool) -> None:
+def run_here(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> None:
     """Run the jobs one after the other on this machine.
 
     Raises:
         RunError: one failed; its log is named.
     """
+    code = _copy_code(root)
     for config in configs:
-        code = _copy_code(Path(config.run.folder))
+        Path(config.run.folder).mkdir(parents=True, exist_ok=True)
         jobs: list[Any] = [TrainJob(to_yaml(config))]
         jobs += [EvaluateJob(config.run.folder)] if evaluate else []
         for work in jobs:
             size = cluster if isinstance(work, TrainJob) else _one_rank(cluster)
-            job = _executor(config, size, code, "local").submit(work)
-            _note(config, [job.job_id])
+            job = _executor(root, size, code, "local").submit(work)
             try:
                 job.results()
             except (FailedJobError, UncompletedJobError) as error:
@@ -127,22 +141,31 @@ def _one_rank(cluster: Cluster) -> Cluster:
 
 
 def _executor(
-    config: RunConfig, cluster: Cluster, code: Path, kind: str, dependency: str | None = None
+    root: Path, cluster: Cluster, code: Path, kind: str, dependency: str | None = None, checked: Path | None = None
 ) -> submitit.AutoExecutor:
-    folder = Path(config.run.folder).absolute()
-    executor = submitit.AutoExecutor(folder / _JOBS / "%j", cluster=kind)
+    try:
+        executor = submitit.AutoExecutor(root.absolute() / _JOBS / "%j", cluster=kind)
+    except RuntimeError as error:
+        raise ConfigError(f"this machine has no SLURM ({error}): submit where srun is, or run here with --local") from error
     executor.update_parameters(
-        name=f"scaleclip-{folder.name}",
+        name=f"scaleclip-{root.name}",
         tasks_per_node=cluster.ranks_per_node,
         gpus_per_node=cluster.gpus,
         timeout_min=max(1, round(60 * cluster.hours)),
     )
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    if kind == "local":  # knows one node
-        executor.update_parameters(nodes=1)
-        executor.update_parameters(local_setup=[path, "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"])
+    setup = [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",  # or the folder where the job was submitted would come before the copy
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
+    ]
+    if kind == "local":  # which knows one node; its time limit would only be a nuisance
+        executor.update_parameters(nodes=1, timeout_min=_YEAR_MIN, local_setup=setup)
         return executor
-    job_sh = shlex.quote(str(code / "scaleclip" / "slurm" / "job.sh"))
+    source = f"source {shlex.quote(str(code / 'scaleclip' / 'slurm' / 'job.sh'))}"
+    checks = []
+    if checked:
+        grace, python = f"SCALECLIP_GRACE_S={cluster.grace_s}", f"python={shlex.quote(sys.executable)}"
+        checks = [f"export {grace}", python, source, f"check_nodes {shlex.quote(str(checked))}"]
     nodes = {"nodes": f"{cluster.min_nodes}-{cluster.nodes}"} if cluster.min_nodes else {}
     memory = {} if cluster.memory_gb is None else {"mem_gb": cluster.memory_gb}
     wanted = {
@@ -152,30 +175,30 @@ def _executor(
         "slurm_constraint": cluster.constraint,
         "slurm_exclude": cluster.exclude,
         "slurm_dependency": dependency,
-        "slurm_gpus_per_node": cluster.gpus or None,
     }
     executor.update_parameters(
         nodes=cluster.nodes,
         cpus_per_task=cluster.cpus,
         stderr_to_stdout=True,
         slurm_signal_delay_s=cluster.grace_s,
-        slurm_additional_parameters={"requeue": True, **nodes},
-        slurm_setup=[
-            path,
-            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
-            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-            *cluster.setup,
-        ],
+        slurm_additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **nodes},
+        slurm_setup=[*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup, *checks],
         slurm_srun_args=["--kill-on-bad-exit=1", *cluster.srun],
-        slurm_teardown=["status=$?", f"source {job_sh}", 'end_job "$status"'],
+        slurm_teardown=["status=$?", source, 'end_job "$status"'],
         **memory,
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
 
 
+def _forget_handlers() -> None:
+    # submitit's would requeue the job, or swallow the signal; without one, it ends the rank with the code that job.sh knows
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _copy_code(folder: Path) -> Path:
-    """A copy of both packages in the run's folder."""
+    """A copy of both packages in a folder."""
     code = folder.absolute() / "code" / time.strftime("%Y%m%d-%H%M%S")
     for source in (Path(__file__).parent, Path(scaleclip_kernels.__path__[0])):
         shutil.copytree(source, code / source.name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
@@ -184,7 +207,7 @@ def _copy_code(folder: Path) -> Path:
     return code
 
 
-def _note(config: RunConfig, jobs: Sequence[str]) -> None:
-    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "jobs": list(jobs)}
+def _note(config: RunConfig, job: str) -> None:
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job}
     with (Path(config.run.folder) / LAUNCHES).open("a") as file:
         file.write(json.dumps(row) + "\n")

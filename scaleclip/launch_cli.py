@@ -52,15 +52,15 @@ def launch(
         "partition": partition, "account": account, "qos": qos, "exclude": exclude,
     }  # fmt: skip
     wanted = load_cluster(cluster, options)
-    configs = _swept(config, overrides or (), sweep or ())
+    root, configs = _swept(config, overrides or (), sweep or ())
     for each in configs:
         validate(each, wanted.ranks_per_node * (1 if local else wanted.nodes))
     if dry_run:
-        typer.echo(sbatch_file(configs[0], wanted))
+        typer.echo(sbatch_file(root, wanted))
     elif local:
-        run_here(configs, wanted, evaluate=evaluate)
+        run_here(configs, root, wanted, evaluate=evaluate)
     else:
-        for each, job in zip(configs, submit(configs, wanted, evaluate=evaluate), strict=True):
+        for each, job in zip(configs, submit(configs, root, wanted, evaluate=evaluate), strict=True):
             typer.echo(f"job {job} trains {each.run.folder}: scaleclip logs {each.run.folder} --follow")
 
 
@@ -122,8 +122,8 @@ def check(
         raise typer.Exit(3 if all(fault.of_node for fault in faults) else 2)
 
 
-def _swept(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> "list[RunConfig]":
-    """A configuration for every combination of the swept values, each with a folder of its own."""
+def _swept(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> "tuple[Path, list[RunConfig]]":
+    """The folder of all, and a configuration for every combination of the swept values, each with a folder of its own there."""
     from scaleclip.config_io import load_config
     from scaleclip.files import resolve_path
 
@@ -136,6 +136,6 @@ def _swept(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> "lis
     folder = load_config(resolve_path(config), overrides).run.folder
     found = []
     for chosen in itertools.product(*axes):
-        own = [f"run.folder={folder}/{'-'.join(chosen)}"] if chosen else []
+        own = [f"run.folder={folder}/{'-'.join(chosen).replace('/', '_')}"] if chosen else []
         found.append(load_config(resolve_path(config), [*overrides, *chosen, *own]))
-    return found
+    return Path(folder), found

@@ -74,9 +74,10 @@ def _check_folder(config: RunConfig, checkpoint_bytes: int, share: float, grace_
     probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        content = os.urandom(_PROBE_BYTES)
         begin_s = time.monotonic()
         with probe.open("wb") as file:
-            file.write(os.urandom(_PROBE_BYTES))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         probe_s = time.monotonic() - begin_s

@@ -161,6 +161,7 @@ def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> d
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "git": git.strip() or None,
+        "package": str(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "manifest": manifest_fingerprint,

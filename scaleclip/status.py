@@ -16,7 +16,10 @@ from scaleclip.errors import RunError, Stopped
 from scaleclip.files import write_atomic
 
 State = Literal["running", "stopped", "finished", "failed"]
+LAUNCHES = "launches.jsonl"
+"""In a run's folder: a row a job that was submitted for it."""
 _FILE = "status.json"
+_DONE = "all steps are done"
 log = logging.getLogger("scaleclip")
 
 
@@ -40,7 +43,7 @@ class Status(NamedTuple):
     idle_starts: int
     """Starts of this job in a row, up to the last one, that went on from the same step."""
     job: str | None
-    """SLURM's id of the last start."""
+    """SLURM's id of the last start, of an array's member ARRAY_MEMBER."""
     host: str
     """Of rank 0."""
     world_size: int
@@ -65,23 +68,28 @@ def read_status(folder: Path) -> Status | None:
         return None
 
 
+def mark_finished(folder: Path) -> None:
+    """The run in a folder was finished by a start that could no longer say so."""
+    status = read_status(folder)
+    if status is not None and status.state != "finished":
+        write_atomic(folder / _FILE, json.dumps(status._replace(state="finished", why=_DONE)._asdict(), indent=2))
+
+
 class StatusFile:
-    """Keeps a run's status.json. Rank 0 only; made once a start knows the step that it goes on from.
+    """Keeps a run's status.json. Rank 0 only; made early, so that starts which die before they train are counted too.
 
     Args:
         folder: the run's.
         world_size: ranks.
-        step: optimizer steps that are done.
         steps: of the whole run.
-        samples: pairs seen so far.
         most_idle: starts of a job in a row that may go on from the same step.
 
     Raises:
         RunError: more starts than that have saved nothing.
     """
 
-    def __init__(self, folder: Path, world_size: int, step: int, steps: int, samples: int, most_idle: int) -> None:
-        before, job = read_status(folder), os.environ.get("SLURM_JOB_ID")
+    def __init__(self, folder: Path, world_size: int, steps: int, most_idle: int) -> None:
+        before, job, step = read_status(folder), _job(), _newest_step(folder)
         is_again = before is not None and job is not None and before.job == job and before.resumed_step == step
         idle_starts = before.idle_starts + 1 if before is not None and is_again else 0
         self._path, self._begin_s = folder / _FILE, psutil.Process().create_time()
@@ -91,7 +99,7 @@ class StatusFile:
             why="",
             step=step,
             steps=steps,
-            samples=samples,
+            samples=before.samples if before else 0,
             pairs_per_s=None,
             starts=before.starts + 1 if before else 1,
             resumed_step=step,
@@ -111,6 +119,10 @@ class StatusFile:
             raise error
         self._write(self._status)
 
+    def resume(self, step: int, samples: int) -> None:
+        """Training begins, from this step."""
+        self._write(self._status._replace(step=step, samples=samples, resumed_step=step))
+
     def advance(self, step: int, samples: int, pairs_per_s: float) -> None:
         """A log step."""
         self._write(self._status._replace(step=step, samples=samples, pairs_per_s=pairs_per_s))
@@ -126,7 +138,7 @@ class StatusFile:
         except BaseException as error:
             self._end("failed", f"{type(error).__name__}: {error}")
             raise
-        self._end("finished", "all steps are done")
+        self._end("finished", _DONE)
 
     def _end(self, state: State, why: str) -> None:
         self._write(self._status._replace(state=state, why=why))
@@ -143,3 +155,13 @@ class StatusFile:
             write_atomic(self._path, json.dumps(self._status._asdict(), indent=2))
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
+
+
+def _newest_step(folder: Path) -> int:
+    """Of the newest checkpoint, by its name; 0 where there is none."""
+    return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)
+
+
+def _job() -> str | None:
+    array, member = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{member}" if array and member else os.environ.get("SLURM_JOB_ID")

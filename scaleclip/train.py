@@ -35,7 +35,7 @@ from scaleclip.planning.counting import count_flops
 from scaleclip.run_folder import log_to, open_run, start_name
 from scaleclip.runtime import collected_at_log_steps, traced
 from scaleclip.schedule import learning_rate
-from scaleclip.status import StatusFile
+from scaleclip.status import StatusFile, mark_finished
 from scaleclip.step import TrainStep
 from scaleclip_kernels.gemm import fp32_library
 
@@ -74,9 +74,15 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     log = log_to(folder, world.rank, start)
     if finished:
         log.info(f"{folder} is finished: nothing to do")
+        if world.is_main:
+            mark_finished(folder)
         distributed.shutdown()
         return folder
 
+    status: StatusFile | None = None
+    with distributed.all_or_none():
+        if world.is_main:
+            status = StatusFile(folder, world.size, config.train.steps, config.guard.max_idle_starts)
     micro_batch = choose_micro_batch(config, world)
     with distributed.all_or_none():
         dataset = TrainDataset(config, sources, cache, tokenizer, world.rank, world.size, micro_batch)
@@ -109,10 +115,8 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     )
     intake = Intake(batches)
     metrics: Metrics | None = None
-    status: StatusFile | None = None
     with distributed.all_or_none():
         if world.is_main:
-            status = StatusFile(folder, world.size, state.step, steps, state.samples, config.guard.max_idle_starts)
             metrics = Metrics(folder, config.metrics, config.model_dump(mode="json"), state.step, steps)
         quarantine = Quarantine(folder if world.is_main else None)
     peak = peak_tflops(world.device)
@@ -128,6 +132,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
             if held is not None:
                 at_end.callback(held.close)
         if status:
+            status.resume(state.step, state.samples)
             at_end.enter_context(status.watch())
         with (
             Watchdog(config.guard.hang_timeout_s, folder / "log" / start / f"{world.rank}.stacks") as watchdog,

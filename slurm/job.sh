@@ -30,10 +30,10 @@ run_job() { # CONFIG [KEY=VALUE...]: train it on the job's nodes; without SLURM,
 }
 
 check_nodes() { # CONFIG [KEY=VALUE...]: end the job if something is amiss; start it again elsewhere if it is a node
-  local found bad status=0
+  local found bad status=0 ranks=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))
   # shellcheck disable=SC2086
   found=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-    ${SCALECLIP_SRUN:-} "$python" -m scaleclip check --ranks "$SLURM_NTASKS" --grace "${SCALECLIP_GRACE_S:-60}" "$@") || status=$?
+    ${SCALECLIP_SRUN:-} "$python" -m scaleclip check --ranks "$ranks" --grace "${SCALECLIP_GRACE_S:-60}" "$@") || status=$?
   [ "$status" != 0 ] || return 0
   sort -u <<<"$found"
   ! grep -q '^check failed: ' <<<"$found" || exit 2
@@ -44,21 +44,32 @@ check_nodes() { # CONFIG [KEY=VALUE...]: end the job if something is amiss; star
 
 end_job() { # STATUS of the ranks
   case $1 in
-    # saved on SLURM's warning (128 + USR2); a hang; killed: ABRT, BUS, KILL, SEGV
-    140 | 75 | 134 | 135 | 137 | 139) start_again "" ;;
+    # saved on SLURM's warning (128 + USR2); a hang; an error nobody foresaw; killed: ABRT, BUS, KILL, SEGV
+    140 | 75 | 70 | 134 | 135 | 137 | 139) start_again "" ;;
+    # TERM: of srun to the others when one dies while they start, and of SLURM's when it ends the job
+    143) [ "$(squeue --noheader --jobs "$(job_id)" --format %T)" != RUNNING ] || start_again "" ;;
   esac
   exit "$1" # 0: finished; else the ranks have said why, and would say it again
 }
 
+job_id() { # as scontrol takes it: the raw id of an array's last member is the whole array's
+  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
+  fi
+}
+
 start_again() { # NODES: put the job back into the queue, for nodes other than these
-  local excluded _
+  local excluded job _
+  job=$(job_id)
   trap '' TERM # which SLURM now sends
-  scontrol requeue "$SLURM_JOB_ID" || die "job $SLURM_JOB_ID cannot be requeued: submit it again"
+  scontrol requeue "$job" || die "job $job cannot be requeued: submit it again"
   if [ -n "$1" ]; then
-    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -nE 's/.*ExcNodeList=([^ ]+).*/\1/p' | sed 's/^(null)$//')
+    excluded=$(scontrol show job "$job" | sed -nE 's/.*ExcNodeList=([^ ]+).*/\1/p' | sed 's/^(null)$//')
     # a job's nodes can be chosen only while it waits
     for _ in {1..20}; do
-      ! scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$1${excluded:+,$excluded}" || break
+      ! scontrol update "JobId=$job" "ExcNodeList=$1${excluded:+,$excluded}" || break
       sleep 0.5
     done
   fi

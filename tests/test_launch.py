@@ -11,7 +11,6 @@ from rich.console import Console
 
 from runs import finish, rows, run, start
 from scaleclip.cluster import load_cluster
-from scaleclip.config_io import load_config
 from scaleclip.errors import ConfigError
 from scaleclip.jobs import cancel_jobs, jobs_table, log_lines
 from scaleclip.launch import sbatch_file
@@ -24,13 +23,12 @@ def flags(text: str) -> dict[str, str]:
     return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
-def test_a_job_asks_for_what_cluster_and_options_say(tiny_config_path, tmp_path):
+def test_a_job_asks_for_what_cluster_and_options_say(tmp_path, slurm):
     path = tmp_path / "mine.yaml"
     path.write_text(
         yaml.safe_dump({"partition": "big", "nodes": 8, "gpus": 4, "cpus": 6, "grace_s": 90, "setup": ["module load cuda"]})
     )
-    config = load_config(tiny_config_path, [f"run.folder={tmp_path}/a"])
-    text = sbatch_file(config, load_cluster(str(path), {"nodes": 6, "min_nodes": 2, "exclude": "n7", "qos": None}))
+    text = sbatch_file(tmp_path / "a b", load_cluster(str(path), {"nodes": 6, "min_nodes": 2, "exclude": "n7", "qos": None}))
     found = flags(text)
     assert found["nodes"] == "2-6"
     assert (found["ntasks-per-node"], found["gpus-per-node"], found["cpus-per-task"]) == ("4", "4", "6")
@@ -40,6 +38,13 @@ def test_a_job_asks_for_what_cluster_and_options_say(tiny_config_path, tmp_path)
     lines = text.splitlines()
     assert lines.index("module load cuda") < next(number for number, line in enumerate(lines) if line.startswith("srun "))
     assert text.rstrip().endswith('end_job "$status"')
+    assert f"export PYTHONPATH='{tmp_path}/a b/code/CODE'" in text
+
+
+def test_without_slurm_only_this_machine_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="this machine has no SLURM .* run here with --local"):
+        sbatch_file(tmp_path, load_cluster(None, {}))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +79,8 @@ def test_a_sweep_runs_here_on_two_ranks_from_a_copy_of_the_code(tiny_config_path
         assert {row["world_size"] for row in rows(folder)} == {2}
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
         assert [path.name for path in (folder / "evaluations").iterdir()] == ["step_00000004.json"]
-        [code] = (folder / "code").iterdir()
-        assert (code / "scaleclip" / "train.py").exists()
-        assert (code / "scaleclip_kernels").is_dir()
+    [code] = (tmp_path / "sweep" / "code").iterdir()
+    assert (code / "scaleclip_kernels").is_dir()
     table = run("jobs", tmp_path / "sweep")
     assert table.count("finished") == 2
 
@@ -98,7 +102,7 @@ def slurm(tmp_path, monkeypatch):
     folder.mkdir()
     queue, cancelled = tmp_path / "queue", tmp_path / "cancelled"
     queue.write_text("")
-    for name, body in (("squeue", f"cat {queue}"), ("scancel", f"echo $1 >> {cancelled}")):
+    for name, body in (("squeue", f"cat {queue}"), ("scancel", f"echo $1 >> {cancelled}"), ("srun", "")):
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -108,7 +112,7 @@ def slurm(tmp_path, monkeypatch):
 def begin(folder, monkeypatch, job="7"):
     folder.mkdir(parents=True)
     monkeypatch.setenv("SLURM_JOB_ID", job)
-    status = StatusFile(folder, world_size=4, step=0, steps=100, samples=0, most_idle=3)
+    status = StatusFile(folder, world_size=4, steps=100, most_idle=3)
     status.advance(40, 320, 20.0)
     return status
 
@@ -123,13 +127,13 @@ def test_runs_are_listed_with_what_slurm_says_of_them(tmp_path, monkeypatch, slu
     queue, _ = slurm
     begin(tmp_path / "runs" / "one", monkeypatch)
     (tmp_path / "runs" / "two").mkdir()
-    (tmp_path / "runs" / "two" / "launches.jsonl").write_text('{"time": "now", "jobs": ["9"]}\n')
-    queue.write_text("7 7 RUNNING\n9 9 PENDING\n")
+    (tmp_path / "runs" / "two" / "launches.jsonl").write_text('{"time": "now", "job": "9_0"}\n')
+    queue.write_text("7 RUNNING\n9_0 PENDING\n9_1 RUNNING\n")
     text = shown(tmp_path / "runs")
     assert "40 / 100" in text
     assert "24 s" in text  # 480 pairs at 20 a second
     assert "pending" in text
-    queue.write_text("7 7 PENDING\n")
+    queue.write_text("7 PENDING\n")
     assert "running, pending" in shown(tmp_path / "runs")
     queue.write_text("")
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)
@@ -142,7 +146,7 @@ def test_cancelling_ends_the_jobs_that_are_in_the_queue(tmp_path, monkeypatch, s
     begin(folder, monkeypatch)
     with pytest.raises(ConfigError, match="has no job in SLURM's queue"):
         cancel_jobs(folder)
-    queue.write_text("7 7 RUNNING\n8 8 RUNNING\n")
+    queue.write_text("7 RUNNING\n8 RUNNING\n")
     assert cancel_jobs(folder) == ["7"]
     assert cancelled.read_text() == "7\n"
 

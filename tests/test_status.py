@@ -3,11 +3,14 @@
 import pytest
 
 from scaleclip.errors import RunError, Stopped
-from scaleclip.status import StatusFile, read_status
+from scaleclip.status import StatusFile, mark_finished, read_status
 
 
 def begin(folder, step=0, most_idle=3):
-    return StatusFile(folder, world_size=4, step=step, steps=100, samples=8 * step, most_idle=most_idle)
+    """A start that finds a checkpoint of `step`."""
+    if step:
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+    return StatusFile(folder, world_size=4, steps=100, most_idle=most_idle)
 
 
 def test_a_run_is_followed_from_start_to_end(tmp_path):
@@ -72,3 +75,18 @@ def test_a_status_of_another_version_counts_as_none(tmp_path):
     assert read_status(tmp_path) is None
     begin(tmp_path)
     assert read_status(tmp_path).starts == 1
+
+
+def test_a_finished_run_says_so_even_if_it_was_killed_before_it_could(tmp_path):
+    mark_finished(tmp_path)
+    assert read_status(tmp_path) is None
+    begin(tmp_path)
+    mark_finished(tmp_path)
+    assert read_status(tmp_path).state == "finished"
+
+
+def test_members_of_an_array_have_names_of_their_own(tmp_path, monkeypatch):
+    for name, value in (("SLURM_JOB_ID", "36"), ("SLURM_ARRAY_JOB_ID", "36"), ("SLURM_ARRAY_TASK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    begin(tmp_path)
+    assert read_status(tmp_path).job == "36_1"

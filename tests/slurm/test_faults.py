@@ -39,6 +39,10 @@ def starts(folder: Path) -> list[dict]:
     return json.loads(path.read_text())["starts"] if path.exists() else []
 
 
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run" / "status.json").read_text())
+
+
 def in_the_middle(folder: Path, step: int = 10) -> None:
     """Wait until a run's first start has come so far."""
     wait_until(lambda: any(row["step"] >= step for row in rows(folder / "run")))
@@ -48,7 +52,7 @@ def ends_like(undisturbed: Path, cluster: Cluster, job: str, folder: Path) -> No
     assert cluster.final_state(job, TIMEOUT_S) == "COMPLETED", log_of(folder)
     assert exact(folder / "run") == exact(undisturbed)
     assert figures(folder / "run") == figures(undisturbed)
-    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "finished"
+    assert status(folder)["state"] == "finished"
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +115,10 @@ def test_a_disturbed_job_starts_again_and_ends_like_a_whole_one(
     in_the_middle(tmp_path)
     begin = time.monotonic()
     event(cluster, job, tmp_path)
-    wait_until(lambda: len(starts(tmp_path)) == 2 and len(rows(tmp_path / "run")) > 0, TIMEOUT_S)
-    resumed = json.loads((tmp_path / "run" / "status.json").read_text())["resumed_step"]
-    wait_until(lambda: json.loads((tmp_path / "run" / "status.json").read_text())["starts"] == 2, TIMEOUT_S)
-    wait_until(lambda: rows(tmp_path / "run")[-1]["step"] > resumed, TIMEOUT_S)
+    wait_until(
+        lambda: status(tmp_path)["starts"] == 2 and status(tmp_path)["step"] > status(tmp_path)["resumed_step"], TIMEOUT_S
+    )
+    assert status(tmp_path)["resumed_step"] > 0
     with capsys.disabled():
         print(f"\n{event.__name__}: training again after {time.monotonic() - begin:.0f} s")
     ends_like(undisturbed, cluster, job, tmp_path)
@@ -138,9 +142,7 @@ def test_ranks_outlive_daemons_of_slurms(cluster: Cluster, undisturbed: Path, tm
 def test_a_job_goes_on_after_its_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(cluster, tmp_path, "--time=1", "--signal=USR2@30", more=(f"train.samples={64 * 400}",))
     wait_until(lambda: "stopped by SIGUSR2" in log_of(tmp_path), TIMEOUT_S)
-    wait_until(lambda: len(starts(tmp_path)) == 2, TIMEOUT_S)
-    state = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert state["resumed_step"] > 0 or state["state"] == "stopped"
+    wait_until(lambda: status(tmp_path)["starts"] == 2 and status(tmp_path)["resumed_step"] > 0, TIMEOUT_S)
     cluster.run("scancel", job)
     assert cluster.final_state(job, TIMEOUT_S).startswith("CANCELLED")
 

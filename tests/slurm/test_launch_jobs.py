@@ -4,13 +4,12 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from runs import exact, figures, rows
-from slurm_cluster import Cluster, wait_until
+from slurm_cluster import REPOSITORY, Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
 TIMEOUT_S = 400
@@ -29,7 +28,9 @@ def launch(cluster: Cluster, folder: Path, *arguments: str) -> list[str]:
     """Ids of the jobs."""
     command = [sys.executable, "-m", "scaleclip", "launch", "package:scaleclip/configs/demo.yaml", f"run.folder={folder}"]
     command += [*OVERRIDES, "--cluster", "local", *arguments]
-    output = subprocess.run(command, env=cluster.env, check=True, capture_output=True, text=True, timeout=120).stdout
+    output = subprocess.run(
+        command, cwd=REPOSITORY, env=cluster.env, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
     return re.findall(r"job (\S+) trains", output)
 
 
@@ -51,12 +52,13 @@ def test_two_nodes_with_two_ranks_train_from_a_copy_of_the_code(undisturbed: Pat
     assert rows(undisturbed)[-1]["step"] == NUM_STEPS
     assert len(list((undisturbed / "jobs").glob("*/*_log.out"))) >= 4
     [code] = (undisturbed / "code").iterdir()
-    assert (code / "scaleclip" / "engine.py").exists()
+    starts = json.loads((undisturbed / "provenance.json").read_text())["starts"]
+    assert [start["package"] for start in starts] == [str(code / "scaleclip")]
 
 
 @pytest.mark.slow
 def test_a_job_that_follows_evaluates_every_checkpoint(cluster: Cluster, undisturbed: Path) -> None:
-    jobs = json.loads((undisturbed / "launches.jsonl").read_text())["jobs"]
+    jobs = [json.loads(line)["job"] for line in (undisturbed / "launches.jsonl").read_text().splitlines()]
     assert cluster.final_state(jobs[1], TIMEOUT_S) == "COMPLETED", logs(undisturbed)
     found = sorted(path.name for path in (undisturbed / "evaluations").iterdir())
     assert found == [f"{path.name}.json" for path in sorted((undisturbed / "checkpoints").glob("step_*"))]
@@ -93,5 +95,3 @@ def test_a_run_can_be_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     wait_until(lambda: rows(folder), TIMEOUT_S)
     subprocess.run([sys.executable, "-m", "scaleclip", "cancel", folder], env=cluster.env, check=True, timeout=60)
     assert cluster.final_state(job, TIMEOUT_S).startswith("CANCELLED")
-    time.sleep(1)
-    assert json.loads((folder / "status.json").read_text())["state"] in ("running", "stopped")
