@@ -43,7 +43,7 @@ def test_a_job_asks_for_what_cluster_and_options_say(tmp_path, slurm):
 
 def test_without_slurm_only_this_machine_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="this machine has no SLURM .* run here with --local"):
+    with pytest.raises(ConfigError, match=r"this machine has no SLURM .* run here with --local"):
         sbatch_file(tmp_path, load_cluster(None, {}))
 
 

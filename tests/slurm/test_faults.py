@@ -115,9 +115,8 @@ def test_a_disturbed_job_starts_again_and_ends_like_a_whole_one(
     in_the_middle(tmp_path)
     begin = time.monotonic()
     event(cluster, job, tmp_path)
-    wait_until(
-        lambda: status(tmp_path)["starts"] == 2 and status(tmp_path)["step"] > status(tmp_path)["resumed_step"], TIMEOUT_S
-    )
+    wait_until(lambda: status(tmp_path)["starts"] == 2, TIMEOUT_S)
+    wait_until(lambda: status(tmp_path)["step"] > status(tmp_path)["resumed_step"], TIMEOUT_S)
     assert status(tmp_path)["resumed_step"] > 0
     with capsys.disabled():
         print(f"\n{event.__name__}: training again after {time.monotonic() - begin:.0f} s")

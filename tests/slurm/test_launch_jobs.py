@@ -28,10 +28,9 @@ def launch(cluster: Cluster, folder: Path, *arguments: str) -> list[str]:
     """Ids of the jobs."""
     command = [sys.executable, "-m", "scaleclip", "launch", "package:scaleclip/configs/demo.yaml", f"run.folder={folder}"]
     command += [*OVERRIDES, "--cluster", "local", *arguments]
-    output = subprocess.run(
-        command, cwd=REPOSITORY, env=cluster.env, check=True, capture_output=True, text=True, timeout=120
-    ).stdout
-    return re.findall(r"job (\S+) trains", output)
+    done = subprocess.run(command, cwd=REPOSITORY, env=cluster.env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"job (\S+) trains", done.stdout)
 
 
 def logs(folder: Path) -> str:
