@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from scaleclip.cli_arguments import ConfigFile, Overrides, RunFolder
 from scaleclip.data_cli import data_app
 from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.errors import ConfigError
@@ -23,21 +24,11 @@ app = typer.Typer(
     name="scaleclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Pre-train CLIP and its descendants: ZeRO-sharded dual encoders on streaming shards.",
 )  # fmt: skip
-app.add_typer(data_app, name="data")
-app.command()(plan)
-app.command()(verify_equivalence)
-for command in (launch, jobs, logs, cancel, check):
-    app.command()(command)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 DEMO_CONFIG = "package:scaleclip/configs/demo.yaml"
 
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this machine; srun and torchrun bring their own.")]
 
 
@@ -123,6 +114,11 @@ def show_config(
             typer.echo(json.dumps(derived, indent=2))
     if config:
         validate(resolved, ranks)
+
+
+for command in (plan, verify_equivalence, launch, jobs, logs, cancel, check):
+    app.command()(command)
+app.add_typer(data_app, name="data")
 
 
 def main() -> None:

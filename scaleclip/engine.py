@@ -259,7 +259,8 @@ class Engine:
 
 
 class _Settings(dict[str, Any]):
-    """DeepSpeed's configuration, which notes what DeepSpeed reads: a key that it does not know it passes over in silence."""
+    """DeepSpeed's configuration, which notes which of its sections DeepSpeed reads: those that it does not know it passes over
+    in silence."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
@@ -290,9 +291,7 @@ def _explain_settings() -> Iterator[None]:
         yield
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, each['loc']))}={each['input']!r}: {each['msg'].lower()}" for each in error.errors()]
-        raise ConfigError(
-            f"train.deepspeed: {error.title} of DeepSpeed {deepspeed.__version__}: {'; '.join(faults)}"
-        ) from error
+        raise ConfigError(f"train.deepspeed: {error.title} of {_DEEPSPEED}: {'; '.join(faults)}") from error
 
 
 def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> DualEncoder:

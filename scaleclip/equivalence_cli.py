@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from scaleclip.cli_arguments import ConfigFile, Overrides
 from scaleclip.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -17,10 +18,8 @@ T = TypeVar("T")
 
 
 def verify_equivalence(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example loss.kind=sigmoid.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, processes on this machine's CPU.")] = "1,2,4",
     micro_batches: Annotated[str, typer.Option(help="Pairs that a rank encodes at once.")] = "1,2,8",
     stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",

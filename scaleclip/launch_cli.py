@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scaleclip.cli_arguments import ConfigFile, Overrides, RunFolder
 from scaleclip.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaleclip.config import RunConfig
-
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 def launch(

@@ -5,16 +5,15 @@ from typing import Annotated
 
 import typer
 
+from scaleclip.cli_arguments import ConfigFile, Overrides
 from scaleclip.errors import ConfigError, RunError
 
 _PICTURED_RANKS = tuple(2**power for power in range(11))
 
 
 def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example train.zero_stage=2.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices of the run, a rank each.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, mi300x, l40s or cpu (a core).")] = "h100",
     nodes_of: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
