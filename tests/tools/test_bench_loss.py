@@ -43,6 +43,10 @@ class Run:
     json: Path
 
 
+# what several tests measure is measured once, and not in every process of pytest's
+pytestmark = pytest.mark.xdist_group("bench loss")
+
+
 @pytest.fixture(scope="module")
 def tests_in_path() -> Iterator[None]:
     """The measuring processes can import bench_losses."""
