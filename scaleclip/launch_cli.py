@@ -112,7 +112,7 @@ def check(
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     faults = list(check_node(run, ranks, -(-ranks // nodes), grace))
     for fault in faults:
-        typer.echo(f"bad node {node}: {fault.message}" if fault.of_node else f"check failed: {fault.message}")
+        typer.echo(f"bad node {node}: {fault.message}" if fault.of_node else f"check failed on {node}: {fault.message}")
     if faults:
         raise typer.Exit(3 if all(fault.of_node for fault in faults) else 2)
 

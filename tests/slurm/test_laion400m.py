@@ -65,7 +65,10 @@ def test_what_is_amiss_is_said_in_one_line_before_training(cluster: Cluster, tmp
     )  # fmt: skip
     assert cluster.final_state(job, 120).startswith("FAILED")
     log = (tmp_path / f"scaleclip-laion400m-{job}.out").read_text()
-    assert "check failed: data.sources.laion400m: no shards match '/nowhere/*.tar'" in log
+    lines = [line for line in log.splitlines() if line.startswith("check failed: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("check failed: data.sources.laion400m: no shards match '/nowhere/*.tar'")
+    assert lines[0].endswith("(nodes: 2)")
     assert "Traceback" not in log
     assert not rows(tmp_path / "run")
 
@@ -88,4 +91,5 @@ def test_a_bad_node_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
     wait_until(lambda: excluded() == set(NODES), 180)
     cluster.run("scancel", job)
     log = (tmp_path / f"scaleclip-laion400m-{job}.out").read_text()
-    assert "bad node n1: 1 ranks and 1 GPUs of SLURM's, but torch sees 0" in log
+    assert "check failed: 1 ranks and 1 GPUs of SLURM's, but torch sees 0 (nodes: 1)" in log
+    assert "starting again without n1" in log
