@@ -115,9 +115,8 @@ def test_a_killed_rank_ends_all_and_the_next_start_goes_on(tiny_config_path, tmp
     ranks = [child for child in children(process.pid) if b"scaleclip" in Path(f"/proc/{child}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    code, output = finish(process)
+    code, _ = finish(process)
     assert code == 128 + signal.SIGKILL
-    assert "Traceback" not in output
     run(*arguments, f"run.folder={tmp_path}/killed")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -130,7 +129,7 @@ def test_without_a_whole_checkpoint_a_run_refuses_to_start_over(tiny_config_path
         (path / "state.json").unlink()
     code, output = finish(start(*arguments))
     assert code == 1
-    assert "are damaged: delete them to start afresh" in output
+    assert "are damaged, or not every node sees them" in " ".join(output.split())
 
 
 @pytest.mark.parametrize(
