@@ -162,8 +162,9 @@ def _start_ranks(ranks: int) -> None:
     except SignalException as stop:
         code = 128 + stop.sigval
     except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        code = 128 - code if code < 0 else code  # below 0: killed by that signal
+        # below 0: killed by that signal, at which the others lose their connection, and may be seen first
+        killed = [failure.exitcode for failure in failed.failures.values() if failure.exitcode < 0]
+        code = 128 - killed[0] if killed else failed.get_first_failure()[1].exitcode
     sys.exit(code)
 
 
