@@ -75,9 +75,15 @@ def healthy_nodes(cluster: Cluster) -> Iterator[None]:
     yield
     for node in NODES:
         cluster.control("revive", node)
-        if "down" in node_states(cluster, "--nodes", node):
-            cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-    wait_until(lambda: set(node_states(cluster)) == {"idle"})
+
+    def all_idle() -> bool:
+        for node in NODES:
+            # one that came back from a crash stays down until somebody says that it is in order
+            if node_states(cluster, "--nodes", node)[0].startswith("down"):
+                cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        return set(node_states(cluster)) == {"idle"}
+
+    wait_until(all_idle)
 
 
 def preempt(cluster: Cluster, job: str, folder: Path) -> None:
