@@ -164,8 +164,12 @@ def _executor(
     source = f"source {shlex.quote(str(code / 'scaleclip' / 'slurm' / 'job.sh'))}"
     checks = []
     if checked:
-        grace, python = f"SCALECLIP_GRACE_S={cluster.grace_s}", f"python={shlex.quote(sys.executable)}"
-        checks = [f"export {grace}", python, source, f"check_nodes {shlex.quote(str(checked))}"]
+        checks = [
+            f"SCALECLIP_GRACE_S={cluster.grace_s} SCALECLIP_SRUN={shlex.quote(' '.join(cluster.srun))}",
+            f"python={shlex.quote(sys.executable)}",
+            source,
+            f"check_nodes {shlex.quote(str(checked))}",
+        ]
     nodes = {"nodes": f"{cluster.min_nodes}-{cluster.nodes}"} if cluster.min_nodes else {}
     memory = {} if cluster.memory_gb is None else {"mem_gb": cluster.memory_gb}
     wanted = {

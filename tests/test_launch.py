@@ -26,7 +26,17 @@ def flags(text: str) -> dict[str, str]:
 def test_a_job_asks_for_what_cluster_and_options_say(tmp_path, slurm):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        yaml.safe_dump({"partition": "big", "nodes": 8, "gpus": 4, "cpus": 6, "grace_s": 90, "setup": ["module load cuda"]})
+        yaml.safe_dump(
+            {
+                "partition": "big",
+                "nodes": 8,
+                "gpus": 4,
+                "cpus": 6,
+                "grace_s": 90,
+                "setup": ["module load cuda"],
+                "srun": ["--mpi=none", "--label"],
+            }
+        )
     )
     text = sbatch_file(tmp_path / "a b", load_cluster(str(path), {"nodes": 6, "min_nodes": 2, "exclude": "n7", "qos": None}))
     found = flags(text)
@@ -37,6 +47,7 @@ def test_a_job_asks_for_what_cluster_and_options_say(tmp_path, slurm):
     assert "qos" not in found
     lines = text.splitlines()
     assert lines.index("module load cuda") < next(number for number, line in enumerate(lines) if line.startswith("srun "))
+    assert "SCALECLIP_GRACE_S=90 SCALECLIP_SRUN='--mpi=none --label'" in lines
     assert text.rstrip().endswith('end_job "$status"')
     assert f"export PYTHONPATH='{tmp_path}/a b/code/CODE'" in text
 

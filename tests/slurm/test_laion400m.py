@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runs import rows
-from slurm_cluster import REPOSITORY, Cluster, need_slurm
+from slurm_cluster import NODES, REPOSITORY, Cluster, need_slurm, wait_until
 
 SCRIPT = REPOSITORY / "slurm" / "laion400m.sh"
 NUM_STEPS = 20
@@ -81,7 +81,6 @@ def test_a_bad_node_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
         "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", SCRIPT,
         f"run.folder={tmp_path}/run", *SMALL, cwd=tmp_path,
     )  # fmt: skip
-    from slurm_cluster import NODES, wait_until
 
     def excluded() -> set[str]:
         shown = cluster.run("scontrol", "show", "job", job)
