@@ -27,6 +27,7 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config, to_yaml
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.exit_codes import exiting_on_errors
+from scaleclip.run_folder import CODE_VERSION, code_version
 from scaleclip.status import LAUNCHES
 
 _YEAR_MIN = 365 * 24 * 60
@@ -84,11 +85,9 @@ def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evalua
         for config in configs:
             Path(config.run.folder).mkdir(parents=True, exist_ok=True)
         code = _copy_code(root)
-        # members of an array would each need a check of their own
-        checked = code / "config.yaml" if len(configs) == 1 else None
-        if checked:
-            checked.write_text(to_yaml(configs[0]))
-        jobs = _executor(root, cluster, code, "slurm", checked=checked).map_array(
+        for member, config in enumerate(configs):
+            (code / f"{member}.yaml").write_text(to_yaml(config))
+        jobs = _executor(root, cluster, code, "slurm", check=True).map_array(
             _call, [TrainJob(to_yaml(config)) for config in configs]
         )
         for config, job in zip(configs, jobs, strict=True):
@@ -107,7 +106,7 @@ def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evalua
 def sbatch_file(root: Path, cluster: Cluster) -> str:
     """What `submit` would give to sbatch for a single run; CODE stands for the copy's time."""
     code = root.absolute() / "code" / "CODE"
-    executor = _executor(root, cluster, code, "slurm", checked=code / "config.yaml")
+    executor = _executor(root, cluster, code, "slurm", check=True)
     slurm: Any = executor._executor
     return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
 
@@ -141,7 +140,7 @@ def _one_rank(cluster: Cluster) -> Cluster:
 
 
 def _executor(
-    root: Path, cluster: Cluster, code: Path, kind: str, dependency: str | None = None, checked: Path | None = None
+    root: Path, cluster: Cluster, code: Path, kind: str, dependency: str | None = None, check: bool = False
 ) -> submitit.AutoExecutor:
     try:
         executor = submitit.AutoExecutor(root.absolute() / _JOBS / "%j", cluster=kind)
@@ -163,12 +162,11 @@ def _executor(
         return executor
     source = f"source {shlex.quote(str(code / 'scaleclip' / 'slurm' / 'job.sh'))}"
     checks = []
-    if checked:
+    if check:
         checks = [
             f"SCALECLIP_GRACE_S={cluster.grace_s} SCALECLIP_SRUN={shlex.quote(' '.join(cluster.srun))}",
             f"python={shlex.quote(sys.executable)}",
-            source,
-            f"check_nodes {shlex.quote(str(checked))}",
+            f"check_nodes {shlex.quote(str(code))}/${{SLURM_ARRAY_TASK_ID:-0}}.yaml",
         ]
     nodes = {"nodes": f"{cluster.min_nodes}-{cluster.nodes}"} if cluster.min_nodes else {}
     memory = {} if cluster.memory_gb is None else {"mem_gb": cluster.memory_gb}
@@ -186,9 +184,9 @@ def _executor(
         stderr_to_stdout=True,
         slurm_signal_delay_s=cluster.grace_s,
         slurm_additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **nodes},
-        slurm_setup=[*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup, *checks],
+        slurm_setup=[*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup, source, *checks, "note_ends"],
         slurm_srun_args=["--kill-on-bad-exit=1", *cluster.srun],
-        slurm_teardown=["status=$?", source, 'end_job "$status"'],
+        slurm_teardown=['end_job "$?"'],
         **memory,
         **{key: value for key, value in wanted.items() if value is not None},
     )
@@ -208,6 +206,7 @@ def _copy_code(folder: Path) -> Path:
         shutil.copytree(source, code / source.name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     # 42 MB that nobody edits
     (code / "scaleclip" / _DEMO).symlink_to((Path(__file__).parent / _DEMO).resolve())
+    (code / CODE_VERSION).write_text(code_version() or "")
     return code
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from scaleclip.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaleclip.config import RunConfig
+
+# between values, and not inside of one
+_COMMA = re.compile(r",(?![^\[{]*[]}])")
 
 
 def launch(
@@ -124,10 +128,11 @@ def _swept(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> "tup
 
     axes = []
     for text in sweeps:
-        key, equals, values = text.partition("=")
-        if not equals or not all(values.split(",")):
+        key, equals, listed = text.partition("=")
+        values = _COMMA.split(listed)
+        if not equals or not all(values):
             raise ConfigError(f"--sweep={text}: give a key and values, for example optim.lr=1e-3,5e-4")
-        axes.append([f"{key}={value}" for value in values.split(",")])
+        axes.append([f"{key}={value}" for value in values])
     folder = load_config(resolve_path(config), overrides).run.folder
     found = []
     for chosen in itertools.product(*axes):

@@ -24,6 +24,7 @@ _GIB = 2**30
 _BYTES_LEARNING, _BYTES_FROZEN = 12, 4
 _ONES = 1024
 _FREE_SHARE = 0.9
+_RELEASE_S = 30.0
 
 
 class Fault(NamedTuple):
@@ -57,7 +58,7 @@ def _check_devices(local_ranks: int) -> Iterator[Fault]:
         yield Fault(f"{local_ranks} ranks and {given} GPUs of SLURM's, but torch sees {seen}", of_node=True)
     for number in range(min(seen, local_ranks)):
         try:
-            free, whole = torch.cuda.mem_get_info(number)
+            free, whole = _free_memory(number)
             ones = torch.ones(_ONES, _ONES, device=f"cuda:{number}")
             wrong = int((ones @ ones != _ONES).sum())
         except RuntimeError as error:
@@ -67,6 +68,16 @@ def _check_devices(local_ranks: int) -> Iterator[Fault]:
             yield Fault(f"GPU {number}: {wrong} of {_ONES**2} sums of ones are wrong", of_node=True)
         if free < _FREE_SHARE * whole:
             yield Fault(f"GPU {number}: {(whole - free) / _GIB:.1f} GiB are in use by another process", of_node=True)
+
+
+def _free_memory(number: int) -> tuple[int, int]:
+    """Free and whole bytes of a GPU; a job that has just ended there has some seconds to give back its memory."""
+    deadline = time.monotonic() + _RELEASE_S
+    while True:
+        free, whole = torch.cuda.mem_get_info(number)
+        if free >= _FREE_SHARE * whole or time.monotonic() > deadline:
+            return free, whole
+        time.sleep(1.0)
 
 
 def _check_folder(config: RunConfig, checkpoint_bytes: int, share: float, grace_s: float) -> Iterator[Fault]:

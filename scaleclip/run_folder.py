@@ -26,6 +26,8 @@ from scaleclip.config_io import differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 
+CODE_VERSION = "version.txt"
+"""Beside a copy of the code: what git said of it."""
 _LOCK_WAIT_S = 10.0
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
@@ -147,12 +149,19 @@ def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) 
     return starts
 
 
-def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> dict[str, Any]:
+def code_version() -> str | None:
+    """What `git describe` says of the code that runs, or said when it was copied; None where neither is known."""
     checkout = Path(__file__).parent.parent
-    describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    if (checkout / CODE_VERSION).exists():
+        return (checkout / CODE_VERSION).read_text() or None
     # an installed package may lie inside somebody else's repository
-    known = shutil.which("git") and (checkout / ".git").exists()
-    git = subprocess.run(describe, capture_output=True, text=True, check=False).stdout if known else ""
+    if not shutil.which("git") or not (checkout / ".git").exists():
+        return None
+    describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> dict[str, Any]:
     return {
         "id": os.urandom(4).hex(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -160,7 +169,7 @@ def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> d
         "world_size": world_size,
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "git": git.strip() or None,
+        "git": code_version(),
         "package": str(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -24,9 +24,16 @@ run_job() { # CONFIG [KEY=VALUE...]: train it on the job's nodes; without SLURM,
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it over from sbatch
   [ "${SCALECLIP_CHECK:-1}" = 0 ] || check_nodes "$@"
   local status=0
+  note_ends
   # shellcheck disable=SC2086 # several options
   srun --kill-on-bad-exit=1 ${SCALECLIP_SRUN:-} "$python" -m scaleclip train "$@" || status=$?
   end_job "$status"
+}
+
+note_ends() { # from here on, keep what srun says of ranks that end, for end_job
+  errors=$(mktemp)
+  exec 3>&2 2> >(tee "$errors" >&3)
+  noting=$!
 }
 
 check_nodes() { # CONFIG [KEY=VALUE...]: end the job if something is amiss; start it again elsewhere if that is some nodes' fault
@@ -49,14 +56,23 @@ check_nodes() { # CONFIG [KEY=VALUE...]: end the job if something is amiss; star
   start_again "$bad"
 }
 
-end_job() { # STATUS of the ranks
-  case $1 in
+end_job() { # STATUS of srun, which is the highest of the ranks'
+  local status=$1 first
+  if [ -n "${noting:-}" ]; then
+    exec 2>&3
+    wait "$noting" || true
+    # The first to end decides: one that waits in NCCL for a rank that gave up is killed in the end.
+    first=$(sed -nE '/: tasks? [^:]+: /{s/.*: Exited with exit code ([0-9]+)$/\1/p;q}' "$errors")
+    status=${first:-$status}
+    rm "$errors"
+  fi
+  case $status in
     # saved on SLURM's warning (128 + USR2); a hang; an error nobody foresaw; killed: ABRT, BUS, KILL, SEGV
     140 | 75 | 70 | 134 | 135 | 137 | 139) start_again "" ;;
     # TERM: of srun to the others when one dies while they start, and of SLURM's when it ends the job
     143) [ "$(squeue --noheader --jobs "$(job_id)" --format %T)" != RUNNING ] || start_again "" ;;
   esac
-  exit "$1" # 0: finished; else the ranks have said why, and would say it again
+  exit "$status" # 0: finished; else the ranks have said why, and would say it again
 }
 
 job_id() { # as scontrol takes it: the raw id of an array's last member is the whole array's

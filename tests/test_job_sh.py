@@ -9,6 +9,11 @@ import pytest
 
 JOB_SH = Path(__file__).parents[1] / "slurm" / "job.sh"
 Run = Callable[..., tuple[int, str, list[str]]]
+NO_RANK = ["echo 'srun: error: Unable to allocate resources' >&2"]
+FAILED_FIRST = [
+    "echo 'srun: error: n1: task 2: Exited with exit code 1' >&2",
+    "echo 'srun: error: n2: tasks 0-1,3: Killed' >&2",
+]
 
 
 @pytest.fixture
@@ -35,6 +40,25 @@ def run(tmp_path: Path) -> Run:
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
     return start
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "code"),
+    [
+        (NO_RANK, 2, 2),
+        ([], 0, 0),
+        (FAILED_FIRST, 137, 1),
+        (["echo 'srun: error: n1: tasks 0-3: Exited with exit code 2' >&2"], 2, 2),
+    ],
+)
+def test_the_first_rank_to_end_decides(run: Run, said: list[str], status: int, code: int) -> None:
+    found, output, calls = run("; ".join(["note_ends", *said, f"end_job {status}"]))
+    assert (found, calls) == (code, [])
+    assert output.splitlines() == [line.split("'")[1] for line in said]
+
+
+def test_a_rank_that_was_killed_first_starts_the_job_again(run: Run) -> None:
+    assert run("; ".join(["note_ends", *reversed(FAILED_FIRST), "end_job 137"]))[2] == ["requeue 7"]
 
 
 @pytest.mark.parametrize("status", [140, 75, 70, 134, 135, 137, 139])

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from scaleclip.cluster import load_cluster
 from scaleclip.errors import ConfigError
 from scaleclip.jobs import cancel_jobs, jobs_table, log_lines
 from scaleclip.launch import sbatch_file
+from scaleclip.launch_cli import _swept
 from scaleclip.status import StatusFile
 
 
@@ -48,7 +50,8 @@ def test_a_job_asks_for_what_cluster_and_options_say(tmp_path, slurm):
     lines = text.splitlines()
     assert lines.index("module load cuda") < next(number for number, line in enumerate(lines) if line.startswith("srun "))
     assert "SCALECLIP_GRACE_S=90 SCALECLIP_SRUN='--mpi=none --label'" in lines
-    assert text.rstrip().endswith('end_job "$status"')
+    assert f"check_nodes '{tmp_path}/a b/code/CODE'/${{SLURM_ARRAY_TASK_ID:-0}}.yaml" in lines
+    assert text.rstrip().endswith('end_job "$?"')
     assert f"export PYTHONPATH='{tmp_path}/a b/code/CODE'" in text
 
 
@@ -77,6 +80,18 @@ def test_a_cluster_that_makes_no_sense_is_refused(tmp_path, content, options, me
 def test_an_unknown_cluster_is_refused_with_those_that_are_known():
     with pytest.raises(ConfigError, match=r"--cluster=nowhere: there is no .*; known are example, local"):
         load_cluster("nowhere", {})
+
+
+@pytest.mark.parametrize(
+    ("sweep", "folders"),
+    [
+        ("data.crop_scale=[0.5,1],[0.9,1]", {"data.crop_scale=[0.5,1]", "data.crop_scale=[0.9,1]"}),
+        ("optim.lr=1e-3,1e-4", {"optim.lr=1e-3", "optim.lr=1e-4"}),
+    ],
+)
+def test_values_of_a_sweep_are_told_apart_by_commas_outside_of_brackets(tiny_config_path, tmp_path, sweep, folders):
+    root, configs = _swept(tiny_config_path, [f"run.folder={tmp_path}/sweep"], [sweep])
+    assert {Path(config.run.folder).relative_to(root).as_posix() for config in configs} == folders
 
 
 @pytest.mark.slow

@@ -49,6 +49,23 @@ def test_saving_that_takes_longer_than_the_warning_is_said(config):
     assert "SCALECLIP_GRACE_S=" in fault.message
 
 
+@pytest.mark.parametrize(
+    ("in_use", "message"), [([60, 60, 0], None), ([60] * 1000, "GPU 0: 60.0 GiB are in use by another process")]
+)
+def test_memory_that_the_job_before_still_gives_back_is_waited_for(config, monkeypatch, in_use, message):
+    clock, used = iter(range(1000)), iter(in_use)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((80 - next(used)) * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.full(size, 1.0))
+    monkeypatch.setattr(node_check.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(node_check, "_RELEASE_S", 5)
+    monkeypatch.setattr(node_check.time, "monotonic", lambda: next(clock))
+    found = list(node_check._check_devices(1))
+    assert [fault.message for fault in found] == ([message] if message else [])
+    assert all(fault.of_node for fault in found)
+
+
 def test_gpus_that_torch_does_not_see_are_the_nodes_fault(config, monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -8,12 +8,15 @@ used stays in its place, marked invalid, and is counted by source and cause.
 import gc
 import hashlib
 import logging
+import multiprocessing
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Semaphore
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +42,7 @@ from scaleclip.errors import RunError
 # what a sample's random numbers are for; the number is part of the contract with existing runs
 _AUGMENT, _PATCHES = 0, 1
 _GRACE_S = 60
+_START_S = 30.0
 _MOST_DEATHS = 5
 _REAP_S = 1.0
 _WORKER_DIED = "exited unexpectedly"  # as torch.utils.data says it
@@ -224,8 +228,8 @@ def order_of(config: RunConfig, sources: Sequence[Source]) -> BatchOrder:
 class TrainBatches(Iterator[Batch]):
     """Items `first` to `last` - 1 of a dataset in order, prepared ahead by `data.workers` processes.
 
-    A loader process that dies (a crash in a decoder, the kernel's out-of-memory killer) is replaced; nothing is lost or read
-    twice, since a batch depends on its number alone.
+    A loader process that dies (a crash in a decoder, the kernel's out-of-memory killer) or hangs as it starts is replaced;
+    nothing is lost or read twice, since a batch depends on its number alone.
 
     Args:
         dataset: what a batch is.
@@ -252,8 +256,8 @@ class TrainBatches(Iterator[Batch]):
         self._dataset, self._next, self._last = dataset, first, last
         self._config, self._pin_memory = config, pin_memory
         self.lost_workers = 0
-        """Times that loader processes died and all were replaced."""
-        self._deaths_in_a_row = 0
+        """Times that loader processes died or did not start, and all were replaced."""
+        self._lost_in_a_row = 0
         self._local_ranks = local_ranks
         self._batches: Iterator[Batch] = iter(())
         self._prefetcher: Prefetcher | None = None
@@ -267,12 +271,14 @@ class TrainBatches(Iterator[Batch]):
             except (RuntimeError, OSError, EOFError) as error:
                 if not self._is_death(error):
                     raise
-                self._replace_workers(error)
+                self._count_lost_workers(repr(error))
+                self.close()
+                self._start()
                 continue
             except StopIteration:
                 self.close()
                 raise
-            self._deaths_in_a_row = 0
+            self._lost_in_a_row = 0
             self._next += 1
             if self._prefetcher:
                 self._prefetcher.at(self._next)
@@ -286,8 +292,7 @@ class TrainBatches(Iterator[Batch]):
 
     def close(self) -> None:
         """End the processes and threads."""
-        # torch ends the processes at the end of the iterator, which the frames of an exception may keep
-        getattr(self._batches, "_shutdown_workers", int)()
+        _shut_down(self._batches)
         self._batches = iter(())
         if self._prefetcher:
             self._prefetcher.close()
@@ -300,6 +305,18 @@ class TrainBatches(Iterator[Batch]):
             self._prefetcher.start(self._next, self._last)
 
     def _start_workers(self) -> Iterator[Batch]:
+        while True:
+            started = multiprocessing.get_context("fork").Semaphore(0)
+            batches = self._fork_workers(started)
+            if all(started.acquire(timeout=_START_S) for _ in range(self._config.workers)):
+                return batches
+            # a fork may copy a lock of the interpreter's that another thread holds just then, and wait for it for ever
+            self._count_lost_workers(f"a loader process did not start within {_START_S:.0f} s")
+            for worker in getattr(batches, "_workers", []):
+                worker.kill()
+            _shut_down(batches)
+
+    def _fork_workers(self, started: Semaphore) -> Iterator[Batch]:
         workers = self._config.workers
         # torch raises a worker's death wherever the training process happens to be; here it is noticed at the next batch
         handler = signal.getsignal(signal.SIGCHLD)
@@ -311,7 +328,7 @@ class TrainBatches(Iterator[Batch]):
                 collate_fn=_as_is,
                 num_workers=workers,
                 prefetch_factor=self._config.prefetch_batches if workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, started),
                 pin_memory=self._pin_memory,
                 # whatever the process's own way is: open shards and indexes are shared, not pickled
                 multiprocessing_context="fork" if workers else None,
@@ -328,18 +345,16 @@ class TrainBatches(Iterator[Batch]):
         workers = getattr(self._batches, "_workers", [])
         return bool(wait([worker.sentinel for worker in workers], timeout=_REAP_S))
 
-    def _replace_workers(self, error: Exception) -> None:
+    def _count_lost_workers(self, reason: str) -> None:
         self.lost_workers += 1
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > _MOST_DEATHS:
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > _MOST_DEATHS:
             raise RunError(
-                f"loader processes died {self._deaths_in_a_row} times at batch {self._next} ({error}): look for an "
+                f"loader processes were lost {self._lost_in_a_row} times at batch {self._next} ({reason}): look for an "
                 f"out-of-memory kill in dmesg, lower data.workers or data.max_pixels, or set data.workers=0 to see where it "
                 f"dies"
-            ) from error
-        _log.warning(f"batch {self._next}: {error!r}; new loader processes go on from there")
-        self.close()
-        self._start()
+            )
+        _log.warning(f"batch {self._next}: {reason}; new loader processes go on from there")
 
 
 class _Clock:
@@ -379,7 +394,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _shut_down(batches: Iterator[Batch]) -> None:
+    # torch ends the processes at the end of the iterator, which the frames of an exception may keep
+    getattr(batches, "_shutdown_workers", int)()
+
+
+def _start_worker(started: Semaphore, worker: int) -> None:
     # Signals that stop a run are for the training process; srun and a terminal send them to its children too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -388,3 +408,4 @@ def _start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.enable()  # which the training process leaves to its log steps
     torch.set_num_threads(1)
+    started.release()

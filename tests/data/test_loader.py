@@ -1,8 +1,10 @@
 """From a batch's number to its tensors: faults in their place, and resume from any place with any ranks and workers."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -253,12 +255,44 @@ def test_a_killed_worker_loses_nothing(tiny_config, killed_at):
         next(batches)
 
 
+def hang_at_start(started, worker):
+    time.sleep(600)
+
+
+def test_a_worker_that_hangs_at_its_start_is_replaced(tiny_config, monkeypatch):
+    config, dataset = open_dataset(tiny_config, ["data.workers=2"])
+    start = loader._start_worker
+    monkeypatch.setattr(loader, "_START_S", 0.5)
+    monkeypatch.setattr(loader, "_start_worker", hang_at_start)
+
+    def next_ones_start(reason):
+        monkeypatch.setattr(loader, "_start_worker", start)
+        monkeypatch.setattr(loader, "_START_S", 30.0)
+
+    monkeypatch.setattr(loader._log, "warning", next_ones_start)
+    batches = TrainBatches(dataset, 0, 12, config.data)
+    assert batches.lost_workers == 1
+    for number, batch in enumerate(batches):
+        assert_equal(batch, dataset[number])
+
+
+def test_workers_that_hang_at_every_start_end_the_run(tiny_config, monkeypatch):
+    config, dataset = open_dataset(tiny_config, ["data.workers=1"])
+    monkeypatch.setattr(loader, "_MOST_DEATHS", 1)
+    monkeypatch.setattr(loader, "_START_S", 0.2)
+    monkeypatch.setattr(loader, "_start_worker", hang_at_start)
+    with pytest.raises(RunError, match=r"lost 2 times at batch 7 \(a loader process did not start within"):
+        TrainBatches(dataset, 7, 12, config.data)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def test_workers_that_die_at_every_start_end_the_run(tiny_config, monkeypatch):
     config, dataset = open_dataset(tiny_config, ["data.workers=1"])
     monkeypatch.setattr(loader, "_MOST_DEATHS", 1)
     monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, batch: os.kill(os.getpid(), signal.SIGKILL))
     batches = TrainBatches(dataset, 7, 12, config.data)
-    with pytest.raises(RunError, match=r"loader processes died 2 times at batch 7 .*data\.workers=0"):
+    with pytest.raises(RunError, match=r"loader processes were lost 2 times at batch 7 .*data\.workers=0"):
         next(batches)
     batches.close()
 

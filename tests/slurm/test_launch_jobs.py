@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runs import exact, figures, rows
+from scaleclip.run_folder import code_version
 from slurm_cluster import REPOSITORY, Cluster, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -53,6 +54,7 @@ def test_two_nodes_with_two_ranks_train_from_a_copy_of_the_code(undisturbed: Pat
     [code] = (undisturbed / "code").iterdir()
     starts = json.loads((undisturbed / "provenance.json").read_text())["starts"]
     assert [start["package"] for start in starts] == [str(code / "scaleclip")]
+    assert starts[0]["git"] == code_version()
 
 
 @pytest.mark.slow
@@ -78,13 +80,20 @@ def test_a_preempted_job_goes_on_and_ends_like_a_whole_one(cluster: Cluster, und
 
 @pytest.mark.slow
 def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
-    jobs = launch(cluster, tmp_path / "sweep", "--nodes=1", "--sweep=optim.lr=1e-3,1e-4", "train.samples=640")
+    folders = [tmp_path / "sweep" / f"optim.lr={lr}" for lr in ("1e-3", "1e-4")]
+    jobs = launch(cluster, tmp_path / "sweep", "--nodes=1", "--sweep=optim.lr=1e-3,1e-4")
     assert len({job.partition("_")[0] for job in jobs}) == 1
+    # the last member's own id is that of the whole array
+    wait_until(lambda: any(row["step"] >= 6 for row in rows(folders[1])), TIMEOUT_S)
+    cluster.run("scontrol", "requeue", jobs[1])
     for job in jobs:
-        assert cluster.final_state(job, TIMEOUT_S) == "COMPLETED"
-    for lr in ("1e-3", "1e-4"):
-        status = json.loads((tmp_path / "sweep" / f"optim.lr={lr}" / "status.json").read_text())
-        assert (status["state"], status["step"]) == ("finished", 10)
+        assert cluster.final_state(job, TIMEOUT_S) == "COMPLETED", logs(tmp_path / "sweep")
+    for folder, starts in zip(folders, (1, 2), strict=True):
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("finished", NUM_STEPS)
+        found = json.loads((folder / "provenance.json").read_text())["starts"]
+        assert len(found) == starts
+        assert len({start["git"] for start in found} - {None}) <= 1
 
 
 @pytest.mark.slow
