@@ -21,16 +21,8 @@
 # slurm/job.sh has further settings.
 set -euo pipefail
 export SCALECLIP_GRACE_S=${SCALECLIP_GRACE_S:-120}
-
-home=${SCALECLIP_HOME:-}
-if [ -z "$home" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-  # sbatch runs a copy of this file from a spool folder; what was submitted, SLURM knows.
-  home=$(scontrol show job "$SLURM_JOB_ID" | sed -nE 's|^ *Command=(.*)/slurm/laion400m\.sh( .*)?$|\1|p')
-fi
-home=${home:-$(dirname "${BASH_SOURCE[0]}")/..}
-[ -e "$home/slurm/job.sh" ] || {
-  echo "laion400m.sh: no scaleclip in '$home': set SCALECLIP_HOME to the repository" >&2
-  exit 2
-}
-source "$home/slurm/job.sh"
+# sbatch runs a copy of this file from a spool folder; what was submitted, SLURM knows
+submitted() { scontrol show job "$SLURM_JOB_ID" | sed -nE 's|^ *Command=(.*)/slurm/[^/]*\.sh( .*)?$|\1|p'; }
+home=${SCALECLIP_HOME:-${SLURM_JOB_ID:+$(submitted)}}
+source "${home:=$(dirname "${BASH_SOURCE[0]}")/..}/slurm/job.sh" || exit 2 # set SCALECLIP_HOME to the repository
 run_job configs/laion400m.yaml "$@"
