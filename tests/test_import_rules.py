@@ -54,7 +54,9 @@ MAY_IMPORT = {
     "data_cli": {"config", "data"},
     "equivalence_cli": {"cli_arguments", "config_io", "config_rules", "equivalence"},
     "cluster": {"config", "config_io"},
-    "launch": {"cluster", "config", "config_io", "evaluate_run", "exit_codes", "run_folder", "scaleclip_kernels", "status", "train"},
+    "launch": {
+        "cluster", "config", "config_io", "evaluate_run", "exit_codes", "run_folder", "scaleclip_kernels", "status", "train",
+    },
     "jobs": {"status"},
     "cli_arguments": set(),
     "launch_cli": {"cli_arguments", "cluster", "config", "config_io", "config_rules", "jobs", "launch", "node_check"},
