@@ -96,6 +96,36 @@ class ViewConfig(Section):
     """Which tokens of a longer text are kept: the first, a random choice in their order, or a random block (CLIPS)."""
 
 
+class TextPairsConfig(Section):
+    """A second batch a step, of `train.global_batch` pairs or triplets of texts, all from one source at a time."""
+
+    sources: Mapping[str, TextSourceConfig] = Field(default_factory=dict)
+    """Data sets of texts by name; none: no text batches."""
+    num_negatives: int = Field(default=0, ge=0)
+    """Negatives drawn from those of each row: further documents to every query of the batch (InfoNCE+); 0: pairs."""
+
+
+class AugmentConfig(Section):
+    """How the two further views of an image are made for `model.projector` (SimCLR, arXiv:2002.05709)."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Smallest and largest aspect ratio of a crop before it is resized to a square."""
+    flip_probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of views mirrored left to right."""
+    jitter_probability: float = Field(default=0.8, ge=0, le=1)
+    """Share of views whose brightness, contrast, saturation and hue change, in random order."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Most that brightness, contrast and saturation change, as a share, and hue, as a share of the circle."""
+    gray_probability: float = Field(default=0.2, ge=0, le=1)
+    """Share of views without colour."""
+    blur_probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of views that are blurred."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur, in pixels."""
+
+
 class CacheConfig(Section):
     folder: str = "~/.cache/scaleclip/shards"
     """Local folder for copies of remote shards and for indexes made at first touch; all ranks of a node share it."""
@@ -112,6 +142,12 @@ class DataConfig(Section):
     """Data sets by name. Several are mixed by a fixed quota of every global batch."""
     views: Annotated[tuple[ViewConfig, ...], Field(min_length=1)] = (ViewConfig(),)
     """Texts of a sample that enter a batch, each chosen by a policy of its own."""
+    caption: ViewConfig | None = None
+    """The text that `model.caption_decoder` learns to write, the whole of it (CLIPS)."""
+    text_pairs: TextPairsConfig = TextPairsConfig()
+    """A batch of text pairs beside each of image-text pairs (Jina-CLIP)."""
+    augment: AugmentConfig = AugmentConfig()
+    """Further views of each image, where `model.projector` learns from them (SLIP)."""
     cache: CacheConfig = CacheConfig()
     """Local copies of remote shards."""
     canonical_streams: int = Field(default=128, ge=1)
@@ -177,6 +213,25 @@ class TextTowerConfig(Section):
     """Last groups of a locked tower that learn all the same: its head and final norm, then layer by layer towards the input."""
 
 
+class ProjectorConfig(Section):
+    """The head of SimCLR, which learns from two further views of each image (SLIP, arXiv:2112.12750)."""
+
+    hidden: int = Field(default=4096, ge=1)
+    """Width of its two hidden layers, each with batch norm over the global batch."""
+    dim: int = Field(default=256, ge=1)
+    """Width of its output."""
+
+
+class CaptionDecoderConfig(Section):
+    """A decoder of the text tower's size that writes a caption from the image and the first text view (CLIPS,
+    arXiv:2411.16828)."""
+
+    queries: int = Field(default=128, ge=1)
+    """Most tokens of a caption, each from a learned query."""
+    teacher_forced: bool = False
+    """Show each query the true token before its own; the paper's code does not."""
+
+
 class ModelConfig(Section):
     preset: str | None = None
     """Name of a preset (`ViT-B/32`) that the values of this section are laid over."""
@@ -192,6 +247,10 @@ class ModelConfig(Section):
     """Upper bound of the multiplier, enforced after every optimizer step (CLIP, arXiv:2103.00020)."""
     init_logit_bias: float | None = None
     """Start value of a learned bias added to every logit (SigLIP, arXiv:2303.15343); none if unset."""
+    projector: ProjectorConfig | None = None
+    """Head for self-supervision on images; none: no such term."""
+    caption_decoder: CaptionDecoderConfig | None = None
+    """Decoder that writes captions; none: no such term."""
     activation_checkpointing: bool = False
     """Recompute a tower's activations in the backward pass instead of storing them."""
 
@@ -206,6 +265,19 @@ class LossConfig(Section):
     """`softmax`: CLIP's symmetric InfoNCE; `sigmoid`: SigLIP's pairwise loss, which needs `model.init_logit_bias`."""
     duplicates: Literal["negative", "ignore", "positive"] = "negative"
     """Pairs of one concept (`data.sources.NAME.concept`) in a batch: negatives as in CLIP, left out, or further positives."""
+    weights: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.5, 0.5)
+    """Weights of image-to-text and text-to-image InfoNCE. Jina-CLIP adds them up: [1, 1]; LaCLIP-MT prints a mean that divides
+    the first by M, not M + 1, views: [0.5 * (M + 1) / M, 0.5]."""
+    simclr_weight: float = Field(default=1.0, ge=0)
+    """Weight of NT-Xent between two further views of an image, through `model.projector` (SLIP)."""
+    simclr_temperature: float = Field(default=0.1, gt=0)
+    """Its temperature, fixed."""
+    caption_weight: float = Field(default=2.0, ge=0)
+    """Weight of the cross-entropy a token of `model.caption_decoder` (CLIPS)."""
+    text_weight: float = Field(default=1.0, ge=0)
+    """Weight of InfoNCE between the texts of `data.text_pairs`, whose two directions have `weights` too (Jina-CLIP)."""
+    text_temperature: float = Field(default=0.05, gt=0)
+    """Its temperature, fixed."""
     schedule: Literal["auto", "ring", "gather"] = "auto"
     """How features meet across ranks: passed round a ring, or gathered a chunk at a time; `auto`: the ring up to 64 ranks."""
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
