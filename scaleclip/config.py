@@ -170,6 +170,11 @@ class DataConfig(Section):
     """The run stops when more than this share of the samples since its start, or of 10,000 or more since the last log step,
     could not be used."""
 
+    def num_tokens(self, context_length: int) -> int:
+        """Tokens of every text in a batch, those of the widest: the text tower takes all of them at once."""
+        widest = max(view.max_tokens or context_length for view in self.views)
+        return max(widest, context_length) if self.text_pairs.sources else widest
+
 
 class ImageTowerConfig(Section):
     type: str = "clip_vision_model"

@@ -49,7 +49,8 @@ def validate(config: RunConfig, world_size: int) -> None:
                 f"data.views[{number}].max_tokens={view.max_tokens} is above "
                 f"model.text.context_length={config.model.text.context_length}"
             )
-    widest = max(view.max_tokens or config.model.text.context_length for view in data.views)
+    _validate_objective(config)
+    widest = data.num_tokens(config.model.text.context_length)
     if config.model.text.type == "siglip_text_model" and widest < config.model.text.context_length:
         raise ConfigError(
             f"data.views.max_tokens={widest} is below model.text.context_length={config.model.text.context_length}, and "
@@ -68,6 +69,22 @@ def validate(config: RunConfig, world_size: int) -> None:
             f"model.init_logit_scale={config.model.init_logit_scale} is above "
             f"model.max_logit_scale={config.model.max_logit_scale}"
         )
+
+
+def _validate_objective(config: RunConfig) -> None:
+    data, loss, decoder = config.data, config.loss, config.model.caption_decoder
+    if decoder and data.caption is None:
+        raise ConfigError("model.caption_decoder needs data.caption: say which text it learns to write")
+    if data.caption and decoder is None:
+        raise ConfigError("data.caption is set, but nothing learns to write it: set model.caption_decoder, for example to {}")
+    if data.caption and (data.caption.max_tokens or data.caption.keep != "first"):
+        raise ConfigError("data.caption is cut to model.caption_decoder.queries tokens: unset max_tokens and keep")
+    if loss.kind == "sigmoid" and loss.weights != (0.5, 0.5):
+        raise ConfigError(f"loss.weights={list(loss.weights)}: the sigmoid loss has one direction only; unset it")
+    if not any(loss.weights):
+        raise ConfigError(f"loss.weights={list(loss.weights)}: at least one direction must count")
+    if data.text_pairs.num_negatives and not data.text_pairs.sources:
+        raise ConfigError(f"data.text_pairs.num_negatives={data.text_pairs.num_negatives}, but there are no sources")
 
 
 def _validate_sharding(train: TrainConfig) -> None:
@@ -102,12 +119,15 @@ def _validate_sources(data: DataConfig) -> None:
             f"data.sources.{weighted[0]}.weight is set and data.sources.{other}.weight is not: give every source a weight, or "
             f"none"
         )
-    for number, view in enumerate(data.views):
+    views = {f"data.views[{number}]": view for number, view in enumerate(data.views)}
+    if data.caption:
+        views["data.caption"] = data.caption
+    for key, view in views.items():
         for text in [*view.texts, *([view.fallback] if view.fallback else [])]:
             if not any(text in source.texts for source in data.sources.values()):
                 raise ConfigError(
-                    f"data.views[{number}] draws from the text {text!r}, which no source has: say where it lies in "
+                    f"{key} draws from the text {text!r}, which no source has: say where it lies in "
                     f"data.sources.NAME.texts.{text}"
                 )
         if not any(view.texts.values()):
-            raise ConfigError(f"data.views[{number}].texts={dict(view.texts)}: at least one weight must be above 0")
+            raise ConfigError(f"{key}.texts={dict(view.texts)}: at least one weight must be above 0")

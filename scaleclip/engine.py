@@ -25,7 +25,7 @@ from scaleclip.config import RunConfig
 from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.distributed import World, all_or_none
 from scaleclip.errors import ConfigError
-from scaleclip.models.dual_encoder import DualEncoder, Features
+from scaleclip.models.dual_encoder import DualEncoder, Features, Inputs
 from scaleclip.optim import build_optimizer, set_learning_rate
 from scaleclip.traffic import Traffic
 
@@ -96,9 +96,9 @@ class Engine:
         self._good_steps = torch.zeros((), dtype=torch.int32, device=self._device)
         self._make_moments()
 
-    def __call__(self, pixels_BCHW: Tensor, tokens_BT: tuple[Tensor, ...], seeds_B: Tensor) -> Features:
+    def __call__(self, inputs: Inputs) -> Features:
         """The model's forward pass under the run's autocast; see DualEncoder.forward."""
-        features: Features = self._ds(pixels_BCHW, tokens_BT, seeds_B)
+        features: Features = self._ds(*inputs)
         return features
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ def exactly_accumulated(config: RunConfig, world_size: int, micro_batch: int) ->
     text = torch.cat([features.texts_BE[0] for features in encoded]).requires_grad_()
     scale = encoded[0].logit_scale.requires_grad_()
     ids, valid = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("ids_B", "valid_B"))
-    contrastive(Features(image, (text,), scale, None), ids, valid, config.loss).backward()
+    contrastive(Features(image, (text,), scale, None), ids, valid, config.loss, None).backward()
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
     cuts = (image.grad.split(micro_batch), text.grad.split(micro_batch))

@@ -239,7 +239,7 @@ def compare_bf16(config_path: str) -> dict[str, Any]:
     def gradients(model: DualEncoder, autocast: bool) -> tuple[dict[str, torch.Tensor], float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             features = model(pixels, (tokens,))
-        contrastive(features, ids, valid, config.loss).backward()
+        contrastive(features, ids, valid, config.loss, None).backward()
         return {name: p.grad.float() for name, p in model.named_parameters()}, features.logit_scale.item()
 
     truth, _ = gradients(build(), autocast=False)

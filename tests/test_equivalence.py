@@ -29,6 +29,22 @@ LOCKED = ("model.image.locked=true", "model.image.unlocked_groups=1")
 OFFLOAD = ("train.offload_optimizer=true",)
 REDUCE_ONCE = ("train.reduce_gradients=step",)
 
+SLIP = ("model.projector={}", "loss.simclr_weight=0.7")
+CAPTIONS = ("model.caption_decoder={}", "data.caption={}")
+TEACHER_FORCED = ("model.caption_decoder={teacher_forced: true}", "data.caption={}")
+TEXT_PAIRS = ("data.text_pairs.sources.any.files=any.jsonl", "loss.weights=[1,1]")
+TRIPLETS = (*TEXT_PAIRS, "data.text_pairs.num_negatives=3", "loss.text_weight=0.5")
+MEAN_OVER_M = (*TWO_VIEWS, "loss.weights=[1,0.5]", "loss.duplicates=negative")
+OBJECTIVES = {
+    "slip": SLIP,
+    "clips": (*CAPTIONS, *TWO_VIEWS),
+    "clips, teacher forced": TEACHER_FORCED,
+    "text pairs": TEXT_PAIRS,
+    "triplets": TRIPLETS,
+    "laclip-mt": MEAN_OVER_M,
+    "all at once": (*SLIP, *TEACHER_FORCED, *TRIPLETS, *TWO_VIEWS),
+}
+
 RANKS, MICRO_BATCHES = (1, 2, 3, 4), (1, 2, 8)
 # 23 pairs; every two of ranks, micro batch, stage and schedule meet
 CASES = [
@@ -69,6 +85,34 @@ def test_a_layout_takes_the_steps_of_one_process(shrunk, layout, overrides):
     print(verdict)
     assert verdict.holds
     check_traffic(verdict, config)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 5, 1, "ring"), Layout(2, 12, 0, "gather"), Layout(4, 3, 3, "ring")], ids=words)
+def test_all_terms_together_are_those_of_one_process(shrunk, layout):
+    check_objective(shrunk(*OBJECTIVES["all at once"]), layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, 23, 0, "ring"),
+        Layout(2, 12, 1, "ring"),
+        Layout(2, 5, 2, "gather"),
+        Layout(4, 6, 1, "ring"),
+        Layout(4, 2, 3, "ring"),
+    ],
+    ids=words,
+)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_that_of_one_process(shrunk, objective, layout):
+    check_objective(shrunk(*OBJECTIVES[objective]), layout)
+
+
+def check_objective(config: RunConfig, layout: Layout) -> None:
+    (verdict,) = Verifier(config, 2)([layout])
+    print(verdict)
+    assert verdict.holds
 
 
 def check_traffic(verdict: Verdict, config: RunConfig) -> None:

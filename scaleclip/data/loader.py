@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Semaphore
@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from scaleclip.config import DataConfig, RunConfig
+from scaleclip.data.augment import augment
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.captions import CaptionPolicy
 from scaleclip.data.mixture import BatchOrder, Slots, rank_slots
@@ -35,12 +36,14 @@ from scaleclip.data.prefetch import Prefetcher
 from scaleclip.data.sample import Fault, SampleError
 from scaleclip.data.shards import is_remote
 from scaleclip.data.source import Source
+from scaleclip.data.text_pairs import TextPairs
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.data.transform import open_image, random_crop, resize
 from scaleclip.errors import RunError
 
 # what a sample's random numbers are for; the number is part of the contract with existing runs
 _AUGMENT, _PATCHES = 0, 1
+_AUGMENTED_VIEWS = 2
 _GRACE_S = 60
 _START_S = 30.0
 _MOST_DEATHS = 5
@@ -74,6 +77,16 @@ class Batch(NamedTuple):
     """Seconds that the loader process spent in each stage."""
     ready_s: float
     """time.monotonic() when the loader process had it ready."""
+    augmented_BCHW: tuple[Tensor, ...] = ()
+    """uint8, two further views of each image where `model.projector` is set."""
+    captions_BS: Tensor | None = None
+    """int64, what `model.caption_decoder` is to write, from the start token on."""
+    caption_lengths_B: Tensor | None = None
+    """int64, tokens of each caption without the start token; 0 where invalid."""
+    pairs_BT: tuple[Tensor, ...] = ()
+    """int64, the same slots of a batch of `data.text_pairs`: queries, positives and then each of the negatives."""
+    pairs_valid_B: Tensor | None = None
+    """bool, likewise."""
 
 
 class TrainDataset(Dataset[Batch]):
@@ -87,6 +100,7 @@ class TrainDataset(Dataset[Batch]):
         rank: number of the rank.
         world_size: ranks.
         micro_batch: slots of a chunk, the last one of a share may have fewer; none: the share is one chunk.
+        text_pairs: the batches of texts beside those of images, if the run has any.
     """
 
     def __init__(
@@ -98,12 +112,16 @@ class TrainDataset(Dataset[Batch]):
         rank: int,
         world_size: int,
         micro_batch: int | None = None,
+        text_pairs: TextPairs | None = None,
     ) -> None:
+        self._augments, self._decoder = config.model.projector is not None, config.model.caption_decoder
+        self._text_pairs = text_pairs
         self._data, self._seed, self._size = config.data, config.run.seed, config.model.image.size
         self.sources, self.cache, self._tokenizer = sources, cache, tokenizer
         self._share = rank_slots(config.train.global_batch, rank, world_size)
         self._first_slots = range(*self._share, micro_batch or self._share[1] - self._share[0])
         self._policies = [CaptionPolicy(view) for view in config.data.views]
+        self._caption = CaptionPolicy(config.data.caption) if config.data.caption and self._decoder else None
         self._order = order_of(config, sources)
         sizes = [source.manifest.num_samples for source in sources]
         self._first_of_source = np.cumsum([0, *sizes[:-1]])
@@ -114,7 +132,7 @@ class TrainDataset(Dataset[Batch]):
     @property
     def num_tokens(self) -> int:
         """Tokens of a text in a batch: those of the widest view, since the tower takes all views at once."""
-        return max(view.max_tokens or self._tokenizer.context_length for view in self._data.views)
+        return self._data.num_tokens(self._tokenizer.context_length)
 
     @property
     def num_chunks(self) -> int:
@@ -133,9 +151,7 @@ class TrainDataset(Dataset[Batch]):
 
     def slots(self, item: int) -> Slots:
         """Where the samples of an item's slots lie."""
-        batch, chunk = divmod(item, self.num_chunks)
-        first = self._first_slots[chunk]
-        return self._order.slots(batch, first, min(first + self._first_slots.step, self._share[1]))
+        return self._order.slots(*self._batch_and_slots(item))
 
     def remote_shards(self, item: int) -> list[str]:
         """URLs of the remote shards that an item needs."""
@@ -151,11 +167,14 @@ class TrainDataset(Dataset[Batch]):
         sample_B = self._sample_numbers(slots)
         seed_B = hash64(self._seed, _AUGMENT, slots.epoch_N, sample_B)
         # channels last in memory, as decoders and convolutions have them
-        pixels_BCHW = torch.zeros(num_slots, self._size, self._size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        pixels_BCHW, *augmented_BCHW = (
+            torch.zeros(num_slots, self._size, self._size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            for _ in range(1 + _AUGMENTED_VIEWS * self._augments)
+        )
         # a pair is its own concept unless the data says otherwise
         ids_B = torch.from_numpy(sample_B.copy())
         valid_B = torch.zeros(num_slots, dtype=torch.bool)
-        texts = [[""] * num_slots for _ in self._policies]
+        texts, captions = [[""] * num_slots for _ in self._policies], [""] * num_slots
         randoms = [np.random.Generator(np.random.PCG64(int(seed))) for seed in seed_B]
         keys, faults, counts = [""] * num_slots, list[Fault](), Counter[str]()
         for slot in np.flatnonzero(slots.source_N >= 0):
@@ -170,6 +189,7 @@ class TrainDataset(Dataset[Batch]):
                 clock.enter("caption")
                 found = source.texts(sample, shard, ordinal)
                 chosen = [policy.choose(found, random) for policy in self._policies]
+                captions[slot] = self._caption.choose(found, random).text if self._caption else ""
                 concept = source.texts.concept(sample)
                 clock.enter("decode")
                 picture = open_image(sample.image(source.image_members), self._data.max_pixels)
@@ -177,6 +197,9 @@ class TrainDataset(Dataset[Batch]):
                 pixels = picture.decode(crop, self._size)
                 clock.enter("resize")
                 pixels_BCHW[slot] = resize(pixels, self._size, crop.flip)
+                for view_BCHW in augmented_BCHW:
+                    clock.enter("augment")
+                    view_BCHW[slot] = augment(picture, self._data.augment, self._size, random)
             except SampleError as error:
                 faults.append(Fault(source.name, source.manifest.shards[shard], ordinal, error.cause, error.detail))
                 continue
@@ -194,13 +217,36 @@ class TrainDataset(Dataset[Batch]):
             self._tokenizer(each, max_tokens=view.max_tokens, keep=view.keep, randoms=randoms)
             for each, view in zip(texts, self._data.views, strict=True)
         ]
-        tokens_BT = tuple(pad(each, (0, self.num_tokens - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
+        captions_BS, caption_lengths_B = self._encode_captions(captions, valid_B)
+        clock.enter("read")
+        pairs = self._text_pairs.read(*self._batch_and_slots(item)) if self._text_pairs else None
         clock.enter("collate")
         patch_seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, slots.epoch_N, sample_B).astype(np.int64))
         return Batch(
-            pixels_BCHW, tokens_BT, ids_B, valid_B, patch_seeds_B, tuple(keys), tuple(faults), dict(counts),
-            dict(self.cache.take_counts()), clock.read(), ready_s=time.monotonic(),
+            pixels_BCHW, self._padded(tokens), ids_B, valid_B, patch_seeds_B, tuple(keys),
+            (*faults, *(pairs.faults if pairs else ())), dict(counts),
+            dict(self.cache.take_counts()), clock.read(), ready_s=time.monotonic(), augmented_BCHW=tuple(augmented_BCHW),
+            captions_BS=captions_BS, caption_lengths_B=caption_lengths_B,
+            pairs_BT=self._padded(pairs.texts_BT) if pairs else (), pairs_valid_B=pairs.valid_B if pairs else None,
         )  # fmt: skip
+
+    def _batch_and_slots(self, item: int) -> tuple[int, int, int]:
+        """Number of an item's global batch, its first slot there and its last + 1."""
+        batch, chunk = divmod(item, self.num_chunks)
+        first = self._first_slots[chunk]
+        return batch, first, min(first + self._first_slots.step, self._share[1])
+
+    def _encode_captions(self, texts: Sequence[str], valid_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the decoder is to write and how much of it counts."""
+        if self._decoder is None:
+            return None, None
+        captions_BS = self._tokenizer(texts, max_tokens=self._decoder.queries + 1)
+        # an end token closes every text, also one that was cut; padding may have the id of a token that texts use
+        lengths_B = (captions_BS[:, 1:] == self._tokenizer.end_id).int().argmax(1) + 1
+        return captions_BS, lengths_B * valid_B
+
+    def _padded(self, tokens: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(pad(each, (0, self.num_tokens - each.shape[1]), value=self._tokenizer.pad_id) for each in tokens)
 
     def _sample_numbers(self, slots: Slots) -> np.ndarray[Any, np.dtype[np.int64]]:
         """A number of its own for every sample of every source; 0 for slots past the end."""

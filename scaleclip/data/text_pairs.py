@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from scaleclip.config import TextSourceConfig
+from scaleclip.config import RunConfig, TextSourceConfig
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.mixture import BatchOrder, quotas_of, rank_slots
+from scaleclip.data.mixture import BatchOrder, quotas_of
 from scaleclip.data.order import GOLDEN, Ints, hash64, permute
 from scaleclip.data.sample import Fault, Sample, SampleError
 from scaleclip.data.source import open_shards
@@ -28,16 +27,12 @@ _TURNS, _NEGATIVES = 2, 3
 
 
 class TextBatch(NamedTuple):
-    """A rank's share of a global batch of texts: B slots, T tokens, K negatives of each."""
+    """Slots of a global batch of texts: B slots, T tokens."""
 
     source: str
     """Name of the one source."""
-    query_BT: Tensor
-    """int64."""
-    positive_BT: Tensor
-    """int64."""
-    negatives_BKT: Tensor
-    """int64; K is 0 for pairs."""
+    texts_BT: tuple[Tensor, ...]
+    """int64: queries, positives and then each of the negatives."""
     valid_B: Tensor
     """bool; False for a row that could not be used and for slots past the end of the global batch."""
     keys: tuple[str, ...]
@@ -46,8 +41,8 @@ class TextBatch(NamedTuple):
     """Rows that could not be used."""
 
 
-class TextPairs(Dataset[TextBatch]):
-    """Item b is a rank's share of global text batch b.
+class TextPairs:
+    """Batches of texts by their number.
 
     Args:
         sources: by name.
@@ -58,8 +53,6 @@ class TextPairs(Dataset[TextBatch]):
         canonical_streams: ranges that an epoch of a source is cut into.
         shuffle_shards: average files' worth of rows that a stream shuffles together.
         num_negatives: texts drawn from a row's negatives, 0 for pairs.
-        rank: of `world_size`.
-        world_size: ranks.
 
     Raises:
         ConfigError: no file matches or one is unreadable, a source's share of the batches is nothing, or it has fewer rows than
@@ -77,11 +70,8 @@ class TextPairs(Dataset[TextBatch]):
         canonical_streams: int,
         shuffle_shards: int,
         num_negatives: int,
-        rank: int,
-        world_size: int,
     ) -> None:
         self._tokenizer, self._seed, self._num_negatives = tokenizer, seed, num_negatives
-        self._share = rank_slots(global_batch, rank, world_size)
         self._sources = [_TextSource(name, config, cache) for name, config in sources.items()]
         for source in self._sources:
             if num_negatives and not source.config.negatives:
@@ -117,10 +107,16 @@ class TextPairs(Dataset[TextBatch]):
         source = int(source_of_place[place])
         return source, cycle * int(turns[source]) + int(np.count_nonzero(source_of_place[:place] == source))
 
-    def __getitem__(self, batch: int) -> TextBatch:
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the rows of each source, wherever the files lie."""
+        return [f"{source.name}\t{source.manifest.fingerprint}" for source in self._sources]
+
+    def read(self, batch: int, first: int, last: int) -> TextBatch:
+        """Slots `first` to `last` - 1 of global text batch `batch`."""
         number, turn = self.turn(batch)
         source = self._sources[number]
-        slots = self._orders[number].slots(turn, *self._share)
+        slots = self._orders[number].slots(turn, first, last)
         num_slots, num_texts = len(slots.source_N), 2 + self._num_negatives
         texts = [[""] * num_slots for _ in range(num_texts)]
         keys, faults = [""] * num_slots, list[Fault]()
@@ -136,15 +132,30 @@ class TextPairs(Dataset[TextBatch]):
             keys[slot] = sample.key
             for column, text in zip(texts, row, strict=True):
                 column[slot] = text
-        query_BT, positive_BT, *negatives = (self._tokenizer(column) for column in texts)
-        negatives_BKT = torch.stack(negatives, dim=1) if negatives else query_BT.new_zeros(num_slots, 0, query_BT.shape[1])
         valid_B = torch.tensor([bool(key) for key in keys])
-        return TextBatch(source.name, query_BT, positive_BT, negatives_BKT, valid_B, tuple(keys), tuple(faults))
+        return TextBatch(source.name, tuple(map(self._tokenizer, texts)), valid_B, tuple(keys), tuple(faults))
+
+
+def open_text_pairs(config: RunConfig, cache: ShardCache, tokenizer: Tokenizer) -> TextPairs | None:
+    """Those of `data.text_pairs`, with the order that the run's own has; None without sources."""
+    pairs, data = config.data.text_pairs, config.data
+    if not pairs.sources:
+        return None
+    return TextPairs(
+        pairs.sources,
+        cache,
+        tokenizer,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        canonical_streams=data.canonical_streams,
+        shuffle_shards=data.shuffle_shards,
+        num_negatives=pairs.num_negatives,
+    )
 
 
 class _TextSource:
     def __init__(self, name: str, config: TextSourceConfig, cache: ShardCache) -> None:
-        self.name, self.key, self.config = name, f"text_sources.{name}", config
+        self.name, self.key, self.config = name, f"data.text_pairs.sources.{name}", config
         self.manifest, self.read = open_shards(f"{self.key}.files", config.files, None, cache)
 
     def texts(self, sample: Sample, num_negatives: int, random: np.random.Generator) -> list[str]:

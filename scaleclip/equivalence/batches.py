@@ -5,6 +5,7 @@ Dimensions: B slots, C channels, H W pixels, T tokens.
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from scaleclip.config import RunConfig
 from scaleclip.data.loader import Batch
@@ -25,7 +26,7 @@ def global_batch(config: RunConfig, model: DualEncoder, step: int) -> Batch:
     ids_B[[0, size // 4, size - 1]] = 0
     ids_B[size // 2] = min(1, size - 1)
     pixels_BCHW = torch.randint(0, 256, (size, 3, pixels, pixels), generator=random).to(torch.uint8)
-    return Batch(
+    batch = Batch(
         pixels_BCHW * valid_B[:, None, None, None],
         tuple(_texts(config, model, random) for _ in config.data.views),
         ids_B * valid_B,
@@ -33,6 +34,21 @@ def global_batch(config: RunConfig, model: DualEncoder, step: int) -> Batch:
         torch.randint(0, 2**62, (size,), generator=random),
         keys=tuple(map(str, range(size))), faults=(), counts={}, cache={}, stage_s={}, ready_s=0.0,
     )  # fmt: skip
+    if config.model.projector:
+        augmented = (torch.randint(0, 256, pixels_BCHW.shape, generator=random).to(torch.uint8) for _ in range(2))
+        batch = batch._replace(augmented_BCHW=tuple(augmented))
+    if config.model.caption_decoder:
+        queries = config.model.caption_decoder.queries
+        captions_BS = torch.randint(0, model.text.body.config.vocab_size, (size, queries + 1), generator=random)
+        lengths_B = torch.randint(1, queries + 1, (size,), generator=random)
+        batch = batch._replace(captions_BS=captions_BS, caption_lengths_B=lengths_B * valid_B)
+    if config.data.text_pairs.sources:
+        num_texts = 2 + config.data.text_pairs.num_negatives
+        pairs_valid_B = torch.ones(size, dtype=torch.bool)
+        pairs_valid_B[[size // 2, size - 1]] = size < 8
+        texts = tuple(_texts(config, model, random) for _ in range(num_texts))
+        batch = batch._replace(pairs_BT=texts, pairs_valid_B=pairs_valid_B)
+    return batch
 
 
 def share_chunks(batch: Batch, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
@@ -60,11 +76,13 @@ def _slots(batch: Batch, first: int, last: int) -> Batch:
     place_B = torch.arange(first, last)
     # a slot past the end still has a text that a tower can read
     from_B, is_there_B = place_B.clamp(max=size - 1), place_B < size
-    return batch._replace(
-        pixels_BCHW=batch.pixels_BCHW[from_B] * is_there_B[:, None, None, None],
-        tokens_BT=tuple(tokens_BT[from_B] for tokens_BT in batch.tokens_BT),
-        ids_B=batch.ids_B[from_B] * is_there_B,
-        valid_B=batch.valid_B[from_B] & is_there_B,
-        seeds_B=batch.seeds_B[from_B],
+    cut: Batch = tree_map_only(Tensor, lambda part: part[from_B], batch)
+    lengths_B, pairs_valid_B = cut.caption_lengths_B, cut.pairs_valid_B
+    return cut._replace(
+        pixels_BCHW=cut.pixels_BCHW * is_there_B[:, None, None, None],
+        ids_B=cut.ids_B * is_there_B,
+        valid_B=cut.valid_B & is_there_B,
+        caption_lengths_B=None if lengths_B is None else lengths_B * is_there_B,
+        pairs_valid_B=None if pairs_valid_B is None else pairs_valid_B & is_there_B,
         keys=batch.keys[first:last] + ("",) * int((~is_there_B).sum()),
     )

@@ -1,13 +1,12 @@
 """What a run's first steps should be: one process, fp32, the whole global batch, in plain PyTorch without DeepSpeed.
 
-Nothing is encoded twice, no features are cached, and the loss stores the matrix of similarities. Shared with what is checked
+Nothing is encoded twice, no features are cached, and the losses store matrices of similarities. Shared with what is checked
 against it: the model, which parameters decay and learn how fast, and the random numbers of a chunk.
 
 Dimensions: B slots, E the shared embedding space.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +15,12 @@ from scaleclip.config import RunConfig
 from scaleclip.data.loader import Batch
 from scaleclip.data.order import hash64
 from scaleclip.equivalence.batches import global_batch, share_chunks
+from scaleclip.equivalence.plain_terms import plain_terms
 from scaleclip.equivalence.record import Record
+from scaleclip.losses.objective import Labels
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.optim import LOGIT_SCALE, parameter_groups
-from scaleclip_kernels import sigmoid_contrastive_loss, softmax_contrastive_loss
+from scaleclip.step import inputs_of
 
 
 def draws_random_numbers(config: RunConfig) -> bool:
@@ -28,7 +29,7 @@ def draws_random_numbers(config: RunConfig) -> bool:
     batch = global_batch(config, model, 0)
     before = torch.get_rng_state()
     with torch.no_grad():
-        model(batch.pixels_BCHW, batch.tokens_BT, batch.seeds_B)
+        model(*inputs_of(batch))
     return not torch.equal(before, torch.get_rng_state())
 
 
@@ -61,19 +62,13 @@ def _loss(model: DualEncoder, config: RunConfig, chunks: Sequence[Batch], step: 
     encoded, first_slot = [], 0
     for chunk in chunks:
         torch.manual_seed(int(hash64(config.run.seed, step, first_slot)[0]))
-        encoded.append(model(chunk.pixels_BCHW, chunk.tokens_BT, chunk.seeds_B))
+        encoded.append(model(*inputs_of(chunk)))
         first_slot += len(chunk.valid_B)
-    texts = [torch.cat(view) for view in zip(*(features.texts_BE for features in encoded), strict=True)]
-    loss: Callable[..., Tensor] = softmax_contrastive_loss
-    if config.loss.kind == "sigmoid":
-        loss = partial(sigmoid_contrastive_loss, logit_bias=encoded[-1].logit_bias)
-    return loss(
-        torch.cat([features.image_BE for features in encoded]),
-        torch.cat(texts),
-        encoded[-1].logit_scale,
-        valid=torch.cat([chunk.valid_B for chunk in chunks]),
-        ids=torch.cat([chunk.ids_B for chunk in chunks]),
-        duplicates=config.loss.duplicates,
-        views=len(texts),
-        backend="reference",
-    )
+    rows = [torch.cat(parts) for parts in zip(*(features.rows() for features in encoded), strict=True)]
+    labels = Labels.cat([Labels(chunk.ids_B, chunk.valid_B, chunk.pairs_valid_B) for chunk in chunks])
+    loss = plain_terms(encoded[-1].replaced(rows, encoded[-1].whole()), labels, config.loss)
+    if config.model.caption_decoder:
+        num_tokens = sum(int(chunk.caption_lengths_B.sum()) for chunk in chunks if chunk.caption_lengths_B is not None)
+        sums = [features.caption_loss for features in encoded if features.caption_loss is not None]
+        loss = loss + config.loss.caption_weight * torch.stack(sums).sum() / num_tokens
+    return loss

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from scaleclip.config import ImageTowerConfig, RunConfig, TextTowerConfig
+from scaleclip.config import ImageTowerConfig, ProjectorConfig, RunConfig, TextTowerConfig
 from scaleclip.config_io import differing_keys
 from scaleclip.errors import ConfigError
 from scaleclip.models.dual_encoder import DualEncoder
@@ -20,6 +20,7 @@ _MOST = {
     "hidden_sizes": 16, "depths": 1,
 }  # fmt: skip
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_MOST_HIDDEN, _MOST_QUERIES = 32, 8
 _MOST_EMBED_DIM, _MOST_TOKENS, _MOST_UNLOCKED_GROUPS = 32, 12, 3
 _MOST_PIXELS, _MOST_PATCH_PIXELS, _MOST_PATCHES = 64, 8, 4  # a side
 _GLOBAL_BATCH = 23  # a prime: no number of ranks and no micro batch divides it
@@ -56,10 +57,16 @@ def shrink(config: RunConfig) -> Shrunk:
             "image": _smaller(fresh.image, whole.image.body.config, _shrink_image, build_image_tower),
             "text": _smaller(fresh.text, whole.text.body.config, _shrink_text, build_text_tower),
         }
+    projector, decoder = model.projector, model.caption_decoder
+    heads = {
+        "projector": projector
+        and ProjectorConfig(hidden=min(projector.hidden, _MOST_HIDDEN), dim=min(projector.dim, _MOST_HIDDEN)),
+        "caption_decoder": decoder and decoder.model_copy(update={"queries": min(decoder.queries, _MOST_QUERIES)}),
+    }
     zero = dict(train.deepspeed.get("zero_optimization", {}))
     small = config.model_copy(
         update={
-            "model": model.model_copy(update=towers | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
+            "model": model.model_copy(update=towers | heads | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
             "loss": loss.model_copy(update={"compute_dtype": "fp32", "fp32_precision": "ieee", "backend": "panels"}),
             "train": train.model_copy(
                 update={

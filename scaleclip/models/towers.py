@@ -7,7 +7,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,20 @@ PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 INITIALISERS = {"clip_vision_model": initialise_clip_image_tower, "clip_text_model": initialise_clip_text_tower}
 
 
+class Encoded(NamedTuple):
+    """What a tower makes of a batch."""
+
+    pooled_BD: Tensor
+    """A vector a sample."""
+    states_BND: Tensor
+    """A vector a token, before pooling."""
+
+
 class ImageTower(nn.Module):
-    """Normalised pixels [B, 3, H, W] -> pooled states [B, D]; `body` is the transformers model, `width` is D."""
+    """Normalised pixels [B, 3, H, W] -> what they are encoded to; `body` is the transformers model.
+
+    `width` is that of pooled states, `state_width` that of tokens.
+    """
 
     def __init__(self, config: ImageTowerConfig, checkpointing: bool) -> None:
         super().__init__()
@@ -49,18 +61,23 @@ class ImageTower(nn.Module):
         self._num_prefix = PREFIX_TOKENS.get(config.type, 0)
         patch_size = getattr(self.body.config, "patch_size", None)
         self._num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
-        self.width = self._output_width(config.size)
+        self.width, self.state_width = self._output_widths(config.size)
 
-    def forward(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Tensor:
+    def forward(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Encoded:
         """`seeds_B` (int64) decides which patches a sample keeps in training; unused without patch dropout."""
         if self.patch_dropout == 0 or not self.training:
-            return self._pool(self.body(pixel_values=pixels_BCHW))
+            return self._encoded(self.body(pixel_values=pixels_BCHW))
         assert seeds_B is not None, "patch dropout draws from a seed a sample"
         drop = partial(drop_patches, seeds_B=seeds_B, share=self.patch_dropout, num_prefix=self._num_prefix)
         embeddings = cast(nn.Module, self.body.vision_model.embeddings)
         # a hook instead of a wrapping module, so that parameter names stay those of transformers
         with embeddings.register_forward_hook(lambda module, args, tokens_BND: drop(tokens_BND)):
-            return self._pool(self.body(pixel_values=pixels_BCHW))
+            return self._encoded(self.body(pixel_values=pixels_BCHW))
+
+    def _encoded(self, outputs: Any) -> Encoded:
+        states = outputs.last_hidden_state
+        # of feature maps each place is a token
+        return Encoded(self._pool(outputs), states.flatten(2).transpose(1, 2) if states.dim() == 4 else states)
 
     def _pool(self, outputs: Any) -> Tensor:
         if self.pooling == "pooler":
@@ -78,21 +95,21 @@ class ImageTower(nn.Module):
         return cast(Tensor, states[:, -self._num_patches :].mean(1))  # class tokens stand in front
 
     @torch.no_grad()
-    def _output_width(self, size: int) -> int:
+    def _output_widths(self, size: int) -> tuple[int, int]:
         # a run without memory or arithmetic: configurations name the width in many ways, and this finds what cannot run
         weights = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
         self.eval()
         try:
-            pooled_BD = functional_call(self, weights, (torch.empty(1, 3, size, size, device="meta"),))
+            encoded: Encoded = functional_call(self, weights, (torch.empty(1, 3, size, size, device="meta"),))
         except (RuntimeError, TypeError, ValueError) as error:
             kind = self.body.config.model_type
             raise ConfigError(f"model.image: {kind} does not run on {size} x {size} pixels: {error}") from error
         self.train()
-        return int(pooled_BD.shape[1])
+        return encoded.pooled_BD.shape[1], encoded.states_BND.shape[2]
 
 
 class TextTower(nn.Module):
-    """Token ids [B, T] (int64) -> pooled states [B, D]; `body` is the transformers model, `width` is D."""
+    """Token ids [B, T] (int64) -> what they are encoded to; `body` is the transformers model, `width` that of its states."""
 
     def __init__(self, config: TextTowerConfig, checkpointing: bool) -> None:
         super().__init__()
@@ -111,9 +128,20 @@ class TextTower(nn.Module):
         _check_positions(self.body, config.context_length)
         self.width = int(values.hidden_size)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor) -> Encoded:
         mask_BT = tokens_BT != self.body.config.pad_token_id if self._masked else None
         outputs = self.body(input_ids=tokens_BT, attention_mask=mask_BT)
+        return Encoded(self._pool(outputs, tokens_BT), outputs.last_hidden_state)
+
+    def is_read(self, tokens_BT: Tensor) -> Tensor:
+        """Where a text's own tokens are, its end token included, bool."""
+        if self._masked:
+            return cast(Tensor, tokens_BT != self.body.config.pad_token_id)
+        # CLIP's padding has the id of a token that texts use
+        ends_BT = tokens_BT == self.body.config.eos_token_id
+        return cast(Tensor, ends_BT.cumsum(1) - ends_BT.long() == 0)
+
+    def _pool(self, outputs: Any, tokens_BT: Tensor) -> Tensor:
         states_BTD = outputs.last_hidden_state
         if self.pooling == "pooler":
             pooled_BD = outputs.get("pooler_output")

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaleclip.config import DataConfig, ModelConfig
-from scaleclip.models.dual_encoder import DualEncoder, Features
+from scaleclip.models.dual_encoder import DualEncoder, Features, Inputs
 
 _AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # unused with fp32
 # Two sizes make a line. One pair would not do: sizes of 1 are broadcast, and take other ways.
@@ -54,6 +54,8 @@ class Counts(NamedTuple):
     frozen: tuple[int, ...]
     """Elements of each parameter that does not."""
     timeline: Timeline
+    features: int
+    """Elements of all features of a pair, which two passes keep."""
 
 
 class Flops(NamedTuple):
@@ -66,7 +68,12 @@ class Flops(NamedTuple):
 
 def num_tokens(model: ModelConfig, data: DataConfig) -> int:
     """Tokens of every text in a batch: those of the widest view."""
-    return max(view.max_tokens or model.text.context_length for view in data.views)
+    return data.num_tokens(model.text.context_length)
+
+
+def num_pair_texts(data: DataConfig) -> int:
+    """Texts of a row of `data.text_pairs`, of which each pair of image and text brings one."""
+    return 2 + data.text_pairs.num_negatives if data.text_pairs.sources else 0
 
 
 def count_memory(model: ModelConfig, data: DataConfig, precision: str) -> Counts:
@@ -75,31 +82,32 @@ def count_memory(model: ModelConfig, data: DataConfig, precision: str) -> Counts
     Raises:
         ConfigError: a tower cannot be built as configured.
     """
-    return _count_memory(model.model_dump_json(), num_tokens(model, data), len(data.views), precision)
+    return _count_memory(model.model_dump_json(), num_tokens(model, data), len(data.views), num_pair_texts(data), precision)
 
 
 def count_flops(model: ModelConfig, data: DataConfig) -> Flops:
     """Matrix products, convolutions and attention of a micro batch in training; raises as `count_memory`."""
-    return _count_flops(model.model_dump_json(), num_tokens(model, data), len(data.views))
+    return _count_flops(model.model_dump_json(), num_tokens(model, data), len(data.views), num_pair_texts(data))
 
 
 @functools.cache
-def _count_memory(model_json: str, tokens: int, views: int, precision: str) -> Counts:
+def _count_memory(model_json: str, tokens: int, views: int, pair_texts: int, precision: str) -> Counts:
     config = ModelConfig.model_validate_json(model_json)
     with _fake_model(config) as model:
-        small, large = (_track(model, config, size, tokens, views, precision) for size in (_SMALL, _LARGE))
+        sizes = (_inputs(config, size, tokens, views, pair_texts) for size in (_SMALL, _LARGE))
+        small, large = (_track(model, inputs, precision) for inputs in sizes)
         learning = tuple(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
     pair_bytes = (large.held_bytes - small.held_bytes) // (_LARGE - _SMALL)
     timeline = Timeline(small.held_bytes - _SMALL * pair_bytes, pair_bytes, small.learned, small.num_forward)
-    return Counts(learning, frozen, timeline)
+    return Counts(learning, frozen, timeline, small.features)
 
 
 @functools.cache
-def _count_flops(model_json: str, tokens: int, views: int) -> Flops:
+def _count_flops(model_json: str, tokens: int, views: int, pair_texts: int) -> Flops:
     config = ModelConfig.model_validate_json(model_json)
     with _fake_model(config) as model:
-        inputs = _inputs(config, 1, tokens, views)
+        inputs = _inputs(config, 1, tokens, views, pair_texts)
         # the counter does not know the CPU's fused attention; the plain one is made of matrix products
         with sdpa_kernel(SDPBackend.MATH):
             with FlopCounterMode(display=False) as forward:
@@ -143,15 +151,27 @@ class _ValuesUnknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def _inputs(config: ModelConfig, size: int, tokens: int, views: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    pixels_BCHW = torch.empty(size, 3, config.image.size, config.image.size, dtype=torch.uint8)
-    tokens_BT = tuple(torch.empty(size, tokens, dtype=torch.int64) for _ in range(views))
-    return pixels_BCHW, tokens_BT, torch.empty(size, dtype=torch.int64)
+def _inputs(config: ModelConfig, size: int, tokens: int, views: int, pair_texts: int) -> Inputs:
+    pixels_BCHW, *augmented_BCHW = (
+        torch.empty(size, 3, config.image.size, config.image.size, dtype=torch.uint8)
+        for _ in range(3 if config.projector else 1)
+    )
+    texts_BT = [torch.empty(size, tokens, dtype=torch.int64) for _ in range(views + pair_texts)]
+    number_B, decoder = torch.empty(size, dtype=torch.int64), config.caption_decoder
+    return Inputs(
+        pixels_BCHW,
+        tuple(texts_BT[:views]),
+        number_B,
+        tuple(augmented_BCHW),
+        tuple(texts_BT[views:]),
+        torch.empty(size, decoder.queries + 1, dtype=torch.int64) if decoder else None,
+        number_B if decoder else None,
+    )
 
 
 def _backward(features: Features) -> None:
-    outputs = [features.image_BE, *features.texts_BE, features.logit_scale]
-    outputs += [] if features.logit_bias is None else [features.logit_bias]
+    outputs = [*features.rows(), *features.whole()]
+    outputs += [] if features.caption_loss is None else [features.caption_loss]
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
@@ -159,17 +179,18 @@ class _Track(NamedTuple):
     held_bytes: NDArray[np.int64]
     learned: NDArray[np.int64]
     num_forward: int
+    features: int
 
 
-def _track(model: DualEncoder, config: ModelConfig, size: int, tokens: int, views: int, precision: str) -> _Track:
-    inputs = _inputs(config, size, tokens, views)
+def _track(model: DualEncoder, inputs: Inputs, precision: str) -> _Track:
     tracker = _LiveBytes()
     with _gradients_taken(model, tracker), tracker:
         with torch.autocast("cpu", _AUTOCAST[precision], enabled=precision != "fp32"):
             features = model(*inputs)
         num_forward = len(tracker.held_bytes)
         _backward(features)
-    return _Track(np.array(tracker.held_bytes), np.array(tracker.learned), num_forward)
+    num_features = sum(row.shape[1] for row in features.rows())
+    return _Track(np.array(tracker.held_bytes), np.array(tracker.learned), num_forward, num_features)
 
 
 @contextlib.contextmanager

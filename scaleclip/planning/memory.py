@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scaleclip.config import LossConfig, RunConfig
 from scaleclip.deepspeed_config import deepspeed_config
-from scaleclip.planning.counting import Counts, count_memory, num_tokens
+from scaleclip.planning.counting import Counts, count_memory, num_pair_texts, num_tokens
 
 DeviceType = Literal["cuda", "cpu"]
 """Where a rank trains; on "cpu" the device is the host."""
@@ -29,6 +29,8 @@ _STAGE_0_BUCKET = 500_000_000
 _TRITON_BYTES = (64 << 20) + (32 << 20)
 _PANELS_BYTES = 2 * 1024 * 1024 * _FP32_BYTES
 _GATHERED_BYTES = 64 << 20
+# of scaleclip.losses.projection
+_HIDDEN_TENSORS = 10
 MAX_RING_RANKS = 64
 """Up to which `loss.schedule=auto` is the ring."""
 
@@ -115,6 +117,7 @@ class _Step:
         self._chunk = min(micro_batch, self._share)
         self._is_two_pass = self._chunk < self._share
         self._views, self._num_tokens = len(config.data.views), num_tokens(config.model, config.data)
+        self._pair_texts, self._feature_elements = num_pair_texts(config.data), counts.features
         self._learning = _FP32_BYTES * sum(counts.learning)
         self._frozen = _FP32_BYTES * sum(counts.frozen)
         self._shard = -(-self._learning // world_size)
@@ -252,7 +255,10 @@ class _Step:
         return min(self._learning + self._frozen, limit)
 
     def _inputs(self) -> int:
-        a_pair = 3 * self._model.image.size**2 + 8 * self._num_tokens * self._views + 17  # id, validity, seed
+        num_images = 3 if self._model.projector else 1
+        a_pair = 3 * num_images * self._model.image.size**2 + 8 * self._num_tokens * (self._views + self._pair_texts)
+        a_pair += 17  # id, validity, seed
+        a_pair += 8 * (self._model.caption_decoder.queries + 2) if self._model.caption_decoder else 0
         # a device gets the next chunk while it works on one; the host holds all that the loader gave
         return a_pair * (self._share if self._device == "cpu" else min(2 * self._chunk, self._share))
 
@@ -262,7 +268,7 @@ class _Step:
 
     def _features(self) -> int:
         """fp32 features of a share."""
-        return _FP32_BYTES * self._share * (1 + self._views) * self._model.embed_dim
+        return _FP32_BYTES * self._share * self._feature_elements
 
     def _loss_moment(self) -> dict[str, int]:
         """The loss, forward and backward: what the towers then hold, or the features of two passes."""
@@ -274,8 +280,21 @@ class _Step:
         return {"activations": held, "loss": self._loss_workspace(), "gathered": self._gathered(), **lasting}
 
     def _loss_workspace(self) -> int:
-        images = self._share * self._model.embed_dim
-        texts = images * self._views
+        """Of all terms: what each saves stays until their sum's backward pass."""
+        width, projector = self._model.embed_dim, self._model.projector
+        held = self._contrastive_workspace(width, self._views)
+        if projector:
+            # of both views: two hidden layers, each before, in and behind its norm and ReLU, with gradients
+            hidden = 2 * self._share * (_HIDDEN_TENSORS * projector.hidden + 2 * projector.dim)
+            held += _FP32_BYTES * hidden + 2 * self._contrastive_workspace(projector.dim, 1)
+        if self._pair_texts:
+            held += self._contrastive_workspace(width, self._pair_texts - 1)
+        return held
+
+    def _contrastive_workspace(self, width: int, columns: int) -> int:
+        """Of a contrastive loss of a share's rows with so many columns a row."""
+        images = self._share * width
+        texts = images * columns
         compute_bytes = 2 if self._loss.compute_dtype == "bf16" else _FP32_BYTES
         # texts of all views in one tensor, both sides in the compute dtype, their gradients
         local = _FP32_BYTES * texts + (compute_bytes * (images + texts) if compute_bytes == 2 else 0)

@@ -47,11 +47,14 @@ def sources(files, **options):
     }
 
 
-def open_pairs(given, cache, *, rank=0, world_size=1, num_negatives=0, seed=0):
+def open_pairs(given, cache, *, num_negatives=0, seed=0):
     return TextPairs(
-        given, cache, TOKENIZER, seed=seed, global_batch=8, canonical_streams=2, shuffle_shards=4,
-        num_negatives=num_negatives, rank=rank, world_size=world_size,
+        given, cache, TOKENIZER, seed=seed, global_batch=8, canonical_streams=2, shuffle_shards=4, num_negatives=num_negatives
     )  # fmt: skip
+
+
+def whole(pairs, number):
+    return pairs.read(number, 0, 8)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
@@ -84,16 +87,16 @@ def test_a_batch_comes_from_one_source_and_every_row_once_an_epoch(files, cache)
     pairs = open_pairs(sources(files), cache)
     seen = {"nli": Counter(), "msmarco": Counter()}
     for number in range(25):  # two and a half epochs: 100 rows in batches of 8
-        batch = pairs[number]
+        batch = whole(pairs, number)
         assert batch.valid_B.all()
         assert not batch.faults
         seen[batch.source].update(batch.keys)
         for slot, key in enumerate(batch.keys):
             part, ordinal = key.split("/")
             name = int(ordinal) + (20 if part == "nli-1" else 0)
-            assert torch.equal(batch.query_BT[slot], TOKENIZER([f"{batch.source} what {name}"])[0])
-            assert torch.equal(batch.positive_BT[slot], TOKENIZER([f"{batch.source} that {name}"])[0])
-        assert batch.negatives_BKT.shape == (8, 0, 16)
+            query_BT, positive_BT = batch.texts_BT
+            assert torch.equal(query_BT[slot], TOKENIZER([f"{batch.source} what {name}"])[0])
+            assert torch.equal(positive_BT[slot], TOKENIZER([f"{batch.source} that {name}"])[0])
     for counts in seen.values():
         assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -113,24 +116,27 @@ def test_sources_take_turns_by_weight(files, cache, weights, shares):
     assert turns[:CYCLE] != [(source, turn - counts[source] // 2) for source, turn in turns[CYCLE:]], "cycles differ"
 
 
-def test_ranks_share_a_batch_and_a_later_start_changes_nothing(files, cache):
-    whole = open_pairs(sources(files), cache, num_negatives=3)
+def test_slots_share_a_batch_and_a_later_start_changes_nothing(files, cache):
+    at_once = open_pairs(sources(files), cache, num_negatives=3)
     for batch in (0, 7, 1000):
-        parts = [open_pairs(sources(files), cache, num_negatives=3, rank=rank, world_size=3)[batch] for rank in range(3)]
-        expected = whole[batch]
+        pairs = open_pairs(sources(files), cache, num_negatives=3)
+        parts = [pairs.read(batch, first, first + 3) for first in (0, 3, 6)]
+        expected = whole(at_once, batch)
         assert {part.source for part in parts} == {expected.source}
         assert sum((part.keys for part in parts), ())[:8] == expected.keys
-        for field in ("query_BT", "positive_BT", "negatives_BKT", "valid_B"):
-            assert torch.equal(torch.cat([getattr(part, field) for part in parts])[:8], getattr(expected, field))
+        assert not parts[-1].valid_B[2], "a slot past the end"
+        assert len(expected.texts_BT) == 5
+        for pieces, texts_BT in zip(zip(*(part.texts_BT for part in parts), strict=True), expected.texts_BT, strict=True):
+            assert torch.equal(torch.cat(pieces)[:8], texts_BT)
 
 
 def test_negatives_are_drawn_anew_in_every_epoch(files, cache):
     pairs = open_pairs(sources(files), cache, num_negatives=2)
     drawn = {}
     for number in range(60):
-        batch = pairs[number]
+        batch = whole(pairs, number)
         for slot, key in enumerate(batch.keys):
-            texts = {tuple(tokens.tolist()) for tokens in batch.negatives_BKT[slot]}
+            texts = {tuple(negative_BT[slot].tolist()) for negative_BT in batch.texts_BT[2:]}
             assert len(texts) == 2
             drawn.setdefault((batch.source, key), []).append(texts)
     assert np.mean([each[0] != each[1] for each in drawn.values() if len(each) > 1]) > 0.5
@@ -140,7 +146,7 @@ def test_rows_that_cannot_be_used_are_invalid_in_their_place(tmp_path, cache):
     bad = [row("x", 1, query=" "), row("x", 2, positive=None), row("x", 3, negatives=["one"])]
     write_jsonl(tmp_path / "x.jsonl", [row("x", 0), *bad, *(row("x", i) for i in range(4, 8))])
     given = {"x": TextSourceConfig(files=(f"{tmp_path}/x.jsonl",), negatives=("negatives",))}
-    batch = open_pairs(given, cache, num_negatives=2)[0]
+    batch = whole(open_pairs(given, cache, num_negatives=2), 0)
     assert {(fault.sample, fault.cause) for fault in batch.faults} == {
         (1, "empty_caption"),
         (2, "no_text"),
@@ -154,17 +160,17 @@ def test_pairs_of_mds(tmp_path, cache):
     with MDSWriter(out=str(tmp_path / "mds"), columns={"__key__": "str", "query": "str", "positive": "str"}) as writer:
         for i in range(16):
             writer.write({"__key__": str(i), "query": f"q {i}", "positive": f"p {i}"})
-    batch = open_pairs({"m": TextSourceConfig(files=(f"{tmp_path}/mds/index.json",))}, cache)[0]
+    batch = whole(open_pairs({"m": TextSourceConfig(files=(f"{tmp_path}/mds/index.json",))}, cache), 0)
     for slot, key in enumerate(batch.keys):
-        assert torch.equal(batch.query_BT[slot], TOKENIZER([f"q {key}"])[0])
+        assert torch.equal(batch.texts_BT[0][slot], TOKENIZER([f"q {key}"])[0])
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"x": {"files": "{files}/none.jsonl"}}, r"text_sources\.x\.files: no shards match"),
-        ({"x": {"files": "{files}/*.*"}}, r"text_sources\.x\.files mixes tables of rows"),
-        ({"x": {"files": "{files}/msmarco.parquet"}}, r"text_sources\.x\.negatives is empty, and 2 negatives a row"),
+        ({"x": {"files": "{files}/none.jsonl"}}, r"data\.text_pairs\.sources\.x\.files: no shards match"),
+        ({"x": {"files": "{files}/*.*"}}, r"data\.text_pairs\.sources\.x\.files mixes tables of rows"),
+        ({"x": {"files": "{files}/msmarco.parquet"}}, r"text_pairs\.sources\.x\.negatives is empty, and 2 negatives a row"),
     ],
 )
 def test_wrong_sources_are_named(files, cache, given, message):

@@ -85,9 +85,9 @@ def test_pooling_is_what_it_says() -> None:
     tower = build_text_tower(model_config(text=TEXT_TOWERS["bert mean"]).text, checkpointing=False)
     _, tokens, _ = batch()
     states = tower.body(input_ids=tokens, attention_mask=(tokens != 0).int()).last_hidden_state
-    torch.testing.assert_close(tower(tokens), states[:, :7].mean(1))
+    torch.testing.assert_close(tower(tokens).pooled_BD, states[:, :7].mean(1))
     tower.pooling = "cls"
-    torch.testing.assert_close(tower(tokens), states[:, 0])
+    torch.testing.assert_close(tower(tokens).pooled_BD, states[:, 0])
 
 
 def test_image_mean_leaves_the_class_token_out() -> None:
@@ -95,7 +95,7 @@ def test_image_mean_leaves_the_class_token_out() -> None:
     image = {"type": "vit", "config": VIT, "pooling": "mean"}
     tower = build_image_tower(model_config(image=image).image, checkpointing=False).eval()
     pixels = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(tower(pixels), tower.body(pixels).last_hidden_state[:, 1:].mean(1))
+    torch.testing.assert_close(tower(pixels).pooled_BD, tower.body(pixels).last_hidden_state[:, 1:].mean(1))
 
 
 def test_eos_pooling_takes_the_first_end_token() -> None:
@@ -104,9 +104,9 @@ def test_eos_pooling_takes_the_first_end_token() -> None:
     _, tokens, _ = batch()
     tokens[:, 7:] = 99
     expected = pooler.body(input_ids=tokens).last_hidden_state[:, 6]
-    torch.testing.assert_close(pooler(tokens), expected)
+    torch.testing.assert_close(pooler(tokens).pooled_BD, expected)
     pooler.pooling = "eos"
-    torch.testing.assert_close(pooler(tokens), expected)
+    torch.testing.assert_close(pooler(tokens).pooled_BD, expected)
 
 
 def test_views_pass_the_text_tower_together_and_come_apart_again() -> None:

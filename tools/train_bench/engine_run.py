@@ -16,6 +16,7 @@ from scaleclip import distributed, step
 from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config
 from scaleclip.engine import Engine
+from scaleclip.models.dual_encoder import Inputs
 from scaleclip.step import StepResult, TrainStep
 from scaleclip.traffic import GATHERING, REDUCING
 from train_bench.laps import Stopwatch
@@ -66,7 +67,7 @@ class Steps:
     def matched(self) -> float:
         """Share of some pairs that were in no step whose image is nearest to a text of its class."""
         batch = self._pairs.chunk(_UNSEEN_STEP, range(_UNSEEN_PAIRS))
-        features = self.engine(batch.pixels_BCHW, batch.tokens_BT, batch.seeds_B)
+        features = self.engine(Inputs(batch.pixels_BCHW, batch.tokens_BT, batch.seeds_B))
         nearest_B = (features.image_BE @ features.texts_BE[0].T).argmax(1)
         return float((batch.ids_B[nearest_B] == batch.ids_B).float().mean())
 
