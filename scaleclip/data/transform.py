@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from scaleclip.config import DataConfig
 from scaleclip.data.sample import SampleError
 
 # data.max_pixels is the limit, for every format
@@ -54,6 +53,17 @@ class Crop(NamedTuple):
     height: int
     width: int
     flip: bool
+
+
+class CropConfig(Protocol):
+    """What random crops are drawn by; DataConfig and AugmentConfig say what each means."""
+
+    @property
+    def crop_scale(self) -> tuple[float, float]: ...
+    @property
+    def crop_ratio(self) -> tuple[float, float]: ...
+    @property
+    def flip_probability(self) -> float: ...
 
 
 class Picture:
@@ -151,7 +161,7 @@ def open_image(data: bytes, max_pixels: int) -> Picture:
         return _Other(picture)
 
 
-def random_crop(height: int, width: int, config: DataConfig, random: np.random.Generator) -> Crop:
+def random_crop(height: int, width: int, config: CropConfig, random: np.random.Generator) -> Crop:
     """A box of random area and aspect ratio (Inception crop, arXiv:1409.4842); the largest centred one if ten tries miss."""
     flip = bool(random.random() < config.flip_probability)
     low, high = (math.log(ratio) for ratio in config.crop_ratio)
