@@ -11,15 +11,23 @@ import math
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPEncoder
+
+TOKEN_STD = 0.02
 
 
 def initialise_clip_text_tower(body: PreTrainedModel) -> None:
     """In place, for a CLIPTextModel."""
     tower = body.text_model
-    width, num_layers = body.config.hidden_size, body.config.num_hidden_layers
-    nn.init.normal_(tower.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(tower.embeddings.token_embedding.weight, std=TOKEN_STD)
     nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.01)
-    for layer in tower.encoder.layers:
+    initialise_clip_text_layers(tower.encoder)
+
+
+def initialise_clip_text_layers(encoder: CLIPEncoder) -> None:
+    """In place, for the layers of a text tower or of a decoder that is made like one."""
+    width, num_layers = encoder.config.hidden_size, encoder.config.num_hidden_layers
+    for layer in encoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         stds = {
             attention.q_proj: width**-0.5,
