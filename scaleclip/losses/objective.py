@@ -36,8 +36,12 @@ class Labels(NamedTuple):
     @staticmethod
     def cat(chunks: Sequence["Labels"]) -> "Labels":
         """The labels of all chunks of a share."""
-        columns = [None if None in parts else torch.cat(parts) for parts in zip(*chunks, strict=True)]
-        return Labels(*columns)
+        pairs_valid = [chunk.pairs_valid_B for chunk in chunks if chunk.pairs_valid_B is not None]
+        return Labels(
+            torch.cat([chunk.ids_B for chunk in chunks]),
+            torch.cat([chunk.valid_B for chunk in chunks]),
+            torch.cat(pairs_valid) if pairs_valid else None,
+        )
 
 
 def batch_terms(features: Features, labels: Labels, config: LossConfig) -> dict[str, Tensor]:
