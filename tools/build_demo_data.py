@@ -34,6 +34,7 @@ from demo_data.emoji import EMOJI_LICENSES, read_emoji
 from demo_data.packages import verify_sources
 from demo_data.pictures import SIZE, Picture, is_blank
 from demo_data.splits import SEED, Split, drop_doubles, split_pictures
+from demo_data.triplets import text_triplets
 
 SAMPLES_PER_SHARD = 500
 PARTS = ("train", "eval")
@@ -118,6 +119,7 @@ def build(sources: Path, out: Path) -> None:
         pictures = [picture for picture in train if picture.source == vendor]
         shuffled = random.Random(SEED).sample(pictures, len(pictures))
         write_shards(shuffled, out / "train" / vendor, SAMPLES_PER_SHARD)
+    (out / "train" / "text_triplets.jsonl").write_bytes(b"".join(map(to_json, text_triplets(train))))
     for split in splits:
         write_split(split, out / "eval")
 
