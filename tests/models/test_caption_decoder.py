@@ -237,7 +237,11 @@ def test_generate_takes_the_likeliest_tokens(teacher_forced: bool) -> None:
     # a caption that would go on with something else, and one that goes on to the last query
     assert any(end in caption and set(caption[caption.index(end) :]) != {end} for caption in endless)
     assert any(end not in caption for caption in endless)
+    recorded: list[bool] = []
+    decoder.norm.register_forward_hook(lambda module, args, states: recorded.append(states.requires_grad))
     captions = decoder.generate(*batch[:3], START, end)
+    assert not any(recorded)  # nothing for a backward pass
+    assert len(recorded) == (8 if teacher_forced else 1)
     assert captions.dtype == torch.int64
     assert captions.tolist() == naive_captions(decoder, batch, end)
 
