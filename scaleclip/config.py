@@ -178,13 +178,17 @@ class DataConfig(Section):
 
 class ImageTowerConfig(Section):
     type: str = "clip_vision_model"
-    """transformers model type: `clip_vision_model`, `siglip_vision_model`, or any image model that AutoModel knows."""
+    """transformers model type: `clip_vision_model`, `siglip_vision_model`, `timm_wrapper` (timm's, named in
+    `config.architecture`), or any image model that AutoModel knows."""
     size: int = Field(default=224, ge=1)
     """Height and width of the input in pixels."""
     config: Mapping[str, Any] = Field(default_factory=dict)
     """Values of the tower's transformers configuration (hidden_size, num_hidden_layers, ...)."""
     pooling: Literal["pooler", "mean", "cls"] = "pooler"
     """From the tower's outputs to one vector: its own pooler, the mean of the patch states or the class token's state."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """Position embeddings of `clip_vision_model` and `siglip_vision_model`: learned, or fixed sines and cosines of the patch's
+    column and row (MoCo v3, arXiv:2104.02057)."""
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of patches dropped in training (FLIP, arXiv:2212.00794), drawn for each sample."""
     pretrained: str | None = None
@@ -201,7 +205,8 @@ class ImageTowerConfig(Section):
 
 class TextTowerConfig(Section):
     type: str = "clip_text_model"
-    """transformers model type: `clip_text_model`, `bert`, or any encoder that AutoModel knows."""
+    """transformers model type: `clip_text_model`, `siglip_text_model`, `bert`, `modernbert`, or any encoder that
+    AutoModel knows."""
     tokenizer: str = "clip"
     """`clip` (CLIP's byte-pair vocabulary, 49,408 tokens), `demo` (the embedded data's own), or a tokenizer's folder."""
     context_length: int = Field(default=77, ge=2)

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +15,14 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from scaleclip.config import ImageTowerConfig, TextTowerConfig
 from scaleclip.errors import ConfigError
+from scaleclip.models.timm_towers import TIMM
 
 # Parts of names whose values may differ: how fresh weights are drawn, what drops in training, the tokenizer's ids
-# (`check_tokenizer` compares them), the width of a projection outside the tower, further outputs.
-FREE = ("dropout", "drop_path", "initializer", "init_value", "token_id", "projection_dim", "use_cache", "out_")
+# (`check_tokenizer` compares them), the width of a projection outside the tower, further outputs, heads, compilation.
+FREE = (
+    "dropout", "drop_path", "initializer", "init_value", "token_id", "projection_dim", "use_cache", "out_", "classifier",
+    "decoder_bias", "sparse_pred", "repad_logits", "reference_compile",
+)  # fmt: skip
 # These matter only to a tower with a table of their size, and its shape then tells.
 TABLE_SIZES = ("image_size", "max_position_embeddings")
 NUM_NAMED = 3
@@ -28,7 +32,7 @@ def start_from_folder(key: str, tower: ImageTowerConfig | TextTowerConfig, confi
     """The tower of `config` with the weights of the folder `tower.pretrained`, in fp32 and in training mode.
 
     Under `torch.device("meta")` the folder's configuration is compared and its weights are not read. A pooler that
-    `tower.pooling` does not use is drawn afresh where the folder has none.
+    `tower.pooling` does not use is drawn afresh where the folder has none, and SigLIP's is left in the folder.
 
     Args:
         key: the tower's section, `model.image` or `model.text`.
@@ -49,9 +53,11 @@ def start_from_folder(key: str, tower: ImageTowerConfig | TextTowerConfig, confi
     differing = {name: _setting(f"{key}.config.{name}", getattr(theirs, name)) for name in _differing(config, theirs)}
     settings = [setting for name, setting in differing.items() if name not in TABLE_SIZES]
     if isinstance(tower, ImageTowerConfig):
-        settings += _normalisation(tower, folder)
+        settings += _normalisation(tower, folder, theirs)
         if "image_size" in differing and "image_size" not in tower.config:
             differing["image_size"] = _setting("model.image.size", theirs.image_size)
+        elif tower.type == TIMM and (theirs.model_args or {}).get("img_size", tower.size) != tower.size:
+            differing["image_size"] = _setting("model.image.size", theirs.model_args["img_size"])
     if settings:
         raise ConfigError(f"{key}.pretrained={tower.pretrained} belongs to other values: set {' '.join(settings)}")
     if torch.get_default_device().type == "meta":
@@ -77,10 +83,13 @@ def _folder_config(key: str, tower: ImageTowerConfig | TextTowerConfig, folder: 
 def _differing(ours: PretrainedConfig, theirs: PretrainedConfig) -> list[str]:
     names = inspect.signature(type(ours).__init__).parameters.keys() - {"self", "kwargs"}
     compared = [name for name in sorted(names) if hasattr(theirs, name) and not any(part in name for part in FREE)]
-    return [name for name in compared if _plain(getattr(ours, name)) != _plain(getattr(theirs, name))]
+    return [name for name in compared if _plain(name, getattr(ours, name)) != _plain(name, getattr(theirs, name))]
 
 
-def _plain(value: object) -> object:
+def _plain(name: str, value: Any) -> object:
+    if name == "model_args":
+        # timm's form of image_size, which the shape of a table tells
+        return {argument: _plain(argument, each) for argument, each in (value or {}).items() if argument != "img_size"}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -89,16 +98,17 @@ def _setting(key: str, value: object) -> str:
     return f"{key}={json.dumps(value, separators=(',', ':'))}"
 
 
-def _normalisation(tower: ImageTowerConfig, folder: Path) -> list[str]:
-    """What to set so that pixels reach the tower as the folder's image processor, if it has one, makes them."""
+def _normalisation(tower: ImageTowerConfig, folder: Path, config: PretrainedConfig) -> list[str]:
+    """What to set so that pixels reach the tower as the folder's image processor, or timm's configuration, makes them."""
     file = folder / "preprocessor_config.json"
     try:
         values = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise ConfigError(f"model.image.pretrained={tower.pretrained}: its {file.name} is no JSON: {error}") from error
+    timms = config.pretrained_cfg if tower.type == TIMM and hasattr(config, "pretrained_cfg") else {}
     settings = []
     for name, ours in (("mean", tower.mean), ("std", tower.std)):
-        theirs = values.get(f"image_{name}", ours)
+        theirs = values.get(f"image_{name}", timms.get(name, ours))
         if not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(ours, theirs, strict=True)):
             settings.append(_setting(f"model.image.{name}", theirs))
     return settings
@@ -120,10 +130,13 @@ def _read_weights(
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{key}.pretrained={tower.pretrained} cannot be read: {error}") from error
     parts = {name for name, _ in body.named_children()}
+    left = [name for name in report["unexpected_keys"] if name.split(".")[0] in parts]
+    if tower.pooling != "pooler":
+        left = [name for name in left if not name.startswith("vision_model.head.")]
     faults = {
         "lacks": [name for name in report["missing_keys"] if tower.pooling == "pooler" or not name.startswith("pooler.")],
         # another tower or a head for another task is no part of this one
-        "has, and the tower does not,": [name for name in report["unexpected_keys"] if name.split(".")[0] in parts],
+        "has, and the tower does not,": left,
         "has in another shape": report["mismatched_keys"],
     }
     found = [f"{fault} {_named(names)}" for fault, names in faults.items() if names]

@@ -12,20 +12,47 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 
 from scaleclip.config import ImageTowerConfig, TextTowerConfig
 from scaleclip.errors import ConfigError
 from scaleclip.models.clip_init import initialise_clip_image_tower, initialise_clip_text_tower
-from scaleclip.models.locking import lock
+from scaleclip.models.locking import fix_batch_norm, has_batch_norm, lock
 from scaleclip.models.patch_dropout import drop_patches
+from scaleclip.models.positions import is_fixed, sincos_table
 from scaleclip.models.pretrained import start_from_folder
+from scaleclip.models.timm_towers import TIMM, initialise_timm_tower, timm_values
 
-# Towers whose patch tokens can be dropped, with the tokens in front of the patches (CLIP's class token).
+# Towers whose patch tokens can be dropped and whose positions can be fixed, with the tokens in front of the patches (CLIP's
+# class token).
 PREFIX_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 # Towers whose fresh weights are not transformers' own.
-INITIALISERS = {"clip_vision_model": initialise_clip_image_tower, "clip_text_model": initialise_clip_text_tower}
+INITIALISERS = {
+    "clip_vision_model": initialise_clip_image_tower,
+    "clip_text_model": initialise_clip_text_tower,
+    TIMM: initialise_timm_tower,
+}
+
+# SigLIP's text tower, which AutoModel knows as a part of the whole only
+AutoConfig.register(SiglipTextConfig.model_type, SiglipTextConfig, exist_ok=True)
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)
+
+# Text towers that attend to padding. CLIP's is causal: what is pooled at the end token never sees the padding behind it.
+# SigLIP's (and CLIPA's) pools the last token, so that padding is a part of the text.
+UNMASKED = ("clip_text_model", "siglip_text_model")
+
+# Values that are not transformers' own unless given. ModernBERT compiles itself on a GPU, which is train.compile's affair,
+# and takes flash_attn where that is installed, which runs in half precision only.
+DEFAULTS = {"modernbert": {"reference_compile": False, "attn_implementation": "sdpa"}}
 
 
 class Encoded(NamedTuple):
@@ -37,21 +64,40 @@ class Encoded(NamedTuple):
     """A vector a token, before pooling."""
 
 
-class ImageTower(nn.Module):
+class Tower(nn.Module):
+    """A transformers model (`body`), which stays in evaluation mode if it has batch norm (see `fix_batch_norm`)."""
+
+    def __init__(self, body: PreTrainedModel) -> None:
+        super().__init__()
+        self.body = body
+        self._always_evaluates = has_batch_norm(body)
+
+    def train(self, mode: bool = True) -> "Tower":
+        super().train(mode)
+        if self._always_evaluates:
+            self.body.eval()
+        return self
+
+
+class ImageTower(Tower):
     """Normalised pixels [B, 3, H, W] -> what they are encoded to; `body` is the transformers model.
 
     `width` is that of pooled states, `state_width` that of tokens.
     """
 
     def __init__(self, config: ImageTowerConfig, checkpointing: bool) -> None:
-        super().__init__()
+        super().__init__(_build("model.image", config, {"image_size": config.size}, checkpointing))
         self.pooling = config.pooling
         self.patch_dropout = config.patch_dropout
-        self.body = _build("model.image", config, {"image_size": config.size}, checkpointing)
         if config.type == "clip_vision_model" and config.pooling != "pooler":
             raise ConfigError(
                 f"model.image.pooling={config.pooling}: clip_vision_model normalises nothing but its class token, which is "
                 f"what pooling=pooler returns; use that, or siglip_vision_model for the mean of the patches"
+            )
+        if config.type == TIMM and config.pooling != "pooler":
+            raise ConfigError(
+                f"model.image.pooling={config.pooling}: timm's towers pool in ways of their own: use pooler, and say in "
+                f"model.image.config.model_args.global_pool how (token, avg, map)"
             )
         if config.patch_dropout > 0 and config.type not in PREFIX_TOKENS:
             raise ConfigError(
@@ -59,6 +105,8 @@ class ImageTower(nn.Module):
                 f"set it to 0 or use one of {', '.join(PREFIX_TOKENS)}"
             )
         self._num_prefix = PREFIX_TOKENS.get(config.type, 0)
+        if config.positions == "sincos":
+            self._fix_positions(config)
         patch_size = getattr(self.body.config, "patch_size", None)
         self._num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
         self.width, self.state_width = self._output_widths(config.size)
@@ -95,32 +143,53 @@ class ImageTower(nn.Module):
         return cast(Tensor, states[:, -self._num_patches :].mean(1))  # class tokens stand in front
 
     @torch.no_grad()
+    def _fix_positions(self, config: ImageTowerConfig) -> None:
+        if config.type not in PREFIX_TOKENS:
+            raise ConfigError(
+                f"model.image.positions=sincos: a {config.type} tower has no table of positions that is known here; use "
+                f"learned, or one of {', '.join(PREFIX_TOKENS)}"
+            )
+        table = cast(nn.Parameter, self.body.vision_model.embeddings.position_embedding.weight).requires_grad_(False)
+        num_positions, width = table.shape
+        if width % 4:
+            raise ConfigError(f"model.image.config.hidden_size={width} is no multiple of 4, which positions=sincos needs")
+        if table.is_meta:
+            return
+        fixed_ND = sincos_table(num_positions, width, self._num_prefix)
+        if config.pretrained is not None and not is_fixed(table, fixed_ND):
+            raise ConfigError(
+                f"model.image.pretrained={config.pretrained} has learned positions: set model.image.positions=learned"
+            )
+        table.copy_(fixed_ND)
+
+    @torch.no_grad()
     def _output_widths(self, size: int) -> tuple[int, int]:
         # a run without memory or arithmetic: configurations name the width in many ways, and this finds what cannot run
         weights = {name: value.to("meta") for name, value in (*self.named_parameters(), *self.named_buffers())}
         self.eval()
         try:
             encoded: Encoded = functional_call(self, weights, (torch.empty(1, 3, size, size, device="meta"),))
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             kind = self.body.config.model_type
             raise ConfigError(f"model.image: {kind} does not run on {size} x {size} pixels: {error}") from error
         self.train()
         return encoded.pooled_BD.shape[1], encoded.states_BND.shape[2]
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """Token ids [B, T] (int64) -> what they are encoded to; `body` is the transformers model, `width` that of its states."""
 
     def __init__(self, config: TextTowerConfig, checkpointing: bool) -> None:
-        super().__init__()
+        super().__init__(_build("model.text", config, {"max_position_embeddings": config.context_length}, checkpointing))
         self.pooling = config.pooling
-        self.body = _build("model.text", config, {"max_position_embeddings": config.context_length}, checkpointing)
-        # CLIP's tower is causal: what is pooled at the end token never sees the padding behind it
-        self._masked = config.type != "clip_text_model"
+        self._masked = config.type not in UNMASKED
         values = self.body.config
         if config.type == "clip_text_model" and config.pooling == "pooler" and values.eos_token_id == 2:
             raise ConfigError("model.text.config.eos_token_id=2: transformers then pools at the largest id; use pooling=eos")
-        for key, needed in (("pad_token_id", self._masked), ("eos_token_id", config.pooling == "eos")):
+        for key, needed in (
+            ("pad_token_id", self._masked or config.pooling == "mean"),
+            ("eos_token_id", config.pooling == "eos"),
+        ):
             if needed and getattr(values, key) is None:
                 raise ConfigError(
                     f"model.text.config.{key} is unset, but the tower has to find that token: give the tokenizer's"
@@ -199,14 +268,12 @@ def _build(
     key: str, tower: ImageTowerConfig | TextTowerConfig, defaults: Mapping[str, Any], checkpointing: bool
 ) -> PreTrainedModel:
     kind = tower.type
-    config = _transformers_config(key, kind, tower.config, defaults)
+    values = timm_values(key, tower.config, defaults["image_size"]) if kind == TIMM else tower.config
+    config = _transformers_config(key, kind, values, defaults)
+    if kind == "siglip_vision_model" and tower.pooling != "pooler":
+        config.vision_use_head = False  # an attention pooler that nothing would come out of
     body = _fresh_body(key, kind, config) if tower.pretrained is None else start_from_folder(key, tower, config)
-    for name, module in body.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                f"{key}.type={kind} has batch norm ({name}): ranks and chunks of a batch would each normalise by statistics "
-                f"of their own, so the result would depend on the layout; use a tower with layer or group norm"
-            )
+    fix_batch_norm(key, tower, body)
     if checkpointing:
         if not body.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: transformers has none for {key}.type={kind}; unset it")
@@ -235,13 +302,13 @@ def _transformers_config(key: str, kind: str, values: Mapping[str, Any], default
     for name in values:
         if name not in names:
             raise ConfigError(f"unknown key '{key}.config.{name}' for {kind}{_hint(name, names)}")
-    known_defaults = {name: value for name, value in defaults.items() if name in names}
-    return cast(PretrainedConfig, AutoConfig.for_model(kind, **(known_defaults | dict(values))))
+    ours = {name: value for name, value in defaults.items() if name in names} | DEFAULTS.get(kind, {})
+    return cast(PretrainedConfig, AutoConfig.for_model(kind, **(ours | dict(values))))
 
 
 def _check_positions(body: PreTrainedModel, context_length: int) -> None:
     for name, module in body.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings")):
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings", "embed_positions")):
             # RoBERTa's positions start behind the padding's id
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             if module.num_embeddings - first < context_length:
