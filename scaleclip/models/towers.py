@@ -285,7 +285,7 @@ def _build(
 def _fresh_body(key: str, kind: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         body = cast(PreTrainedModel, AutoModel.from_config(config))  # takes sdpa attention where the model has it
-    except (ValueError, TypeError, KeyError) as error:
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key}.config does not make a {kind} tower: {error}") from error
     if kind in INITIALISERS:
         INITIALISERS[kind](body)

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from scaleclip.config import ModelConfig
 from scaleclip.errors import ConfigError
@@ -14,6 +15,8 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLIP_TEXT = BERT | {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
+# a local layer's tokens see 2 on each side
+MODERN = CLIP_TEXT | {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 4}
 DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"}
 CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
@@ -35,6 +38,8 @@ def batch(num: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 IMAGE_TOWERS = {
     "clip": {"config": VIT},
     "siglip": {"type": "siglip_vision_model", "config": VIT},
+    "siglip mean": {"type": "siglip_vision_model", "config": VIT, "pooling": "mean"},
+    "siglip fixed": {"type": "siglip_vision_model", "config": VIT, "pooling": "mean", "positions": "sincos"},
     "convnext": {"type": "convnext", "config": CONVNEXT},
     "convnext mean": {"type": "convnext", "config": CONVNEXT, "pooling": "mean"},
     "vit cls": {"type": "vit", "config": VIT, "pooling": "cls"},
@@ -47,6 +52,8 @@ TEXT_TOWERS = {
     "bert": {"type": "bert", "config": BERT | NO_DROPOUT},
     "bert mean": {"type": "bert", "config": BERT | NO_DROPOUT, "pooling": "mean"},
     "bert cls": {"type": "bert", "config": BERT | NO_DROPOUT, "pooling": "cls"},
+    "modernbert mean": {"type": "modernbert", "config": MODERN, "pooling": "mean"},
+    "roformer mean": {"type": "roformer", "config": BERT | NO_DROPOUT, "pooling": "mean"},
     "bert eos": {"type": "bert", "config": BERT | NO_DROPOUT | {"eos_token_id": 99}, "pooling": "eos"},
 }
 
@@ -78,6 +85,47 @@ def test_text_towers_ignore_what_stands_behind_the_end_token(name: str) -> None:
     changed[:, 5] = 7
     assert (model.encode_text(changed) - features).abs().max() > 1e-4
     torch.testing.assert_close(model.encode_text(tokens[:, :7]), features, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "roformer", "bert"])
+def test_texts_of_512_tokens(kind: str) -> None:
+    torch.manual_seed(0)
+    config = (CLIP_TEXT if kind == "modernbert" else BERT | NO_DROPOUT) | {"pad_token_id": 0}
+    text = {"type": kind, "config": config, "pooling": "mean", "context_length": 512}
+    tower = build_text_tower(model_config(text=text).text, checkpointing=False)
+    tokens = torch.randint(1, 98, (2, 512))
+    tokens[1, 300:] = 0
+    pooled = tower(tokens)
+    changed = tokens.clone()
+    changed[0, 511], changed[1, 299] = 98, 98
+    assert (tower(changed) - pooled).abs().amax(1).min() > 1e-5
+    torch.testing.assert_close(tower(tokens[1:, :300]), pooled[1:], rtol=0, atol=1e-6)
+
+
+def test_modernbert_runs_as_the_run_says() -> None:
+    """Neither compiled by itself nor through flash_attn, on whatever machine."""
+    values = build_text_tower(model_config(text=TEXT_TOWERS["modernbert mean"]).text, checkpointing=False).body.config
+    assert (values.reference_compile, values._attn_implementation) == (False, "sdpa")
+
+
+def test_siglips_text_tower_reads_its_last_token_and_is_not_causal() -> None:
+    torch.manual_seed(0)
+    tower = build_text_tower(model_config(text={"type": "siglip_text_model", "config": CLIP_TEXT}).text, checkpointing=False)
+    _, tokens, _ = batch()
+    states = transformers.SiglipTextModel.forward(tower.body, input_ids=tokens).last_hidden_state
+    torch.testing.assert_close(tower(tokens), tower.body.text_model.head(states[:, -1]))
+    changed = tokens.clone()
+    changed[:, -1] = 7
+    assert (tower.body(input_ids=changed).last_hidden_state[:, 0] - states[:, 0]).abs().max() > 1e-4
+
+
+def test_siglips_attention_pooler_is_built_where_it_is_used() -> None:
+    names = [
+        {name for name, _ in DualEncoder(model_config(image=IMAGE_TOWERS[image])).named_parameters() if ".head." in name}
+        for image in ("siglip", "siglip mean")
+    ]
+    assert names[0]
+    assert not names[1]
 
 
 def test_pooling_is_what_it_says() -> None:
@@ -234,6 +282,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "legacy eos": ({"text": {"config": CLIP_TEXT | {"eos_token_id": 2}}}, "eos_token_id=2"),
     "eos unknown": ({"text": {**TEXT_TOWERS["bert"], "pooling": "eos"}}, "eos_token_id is unset"),
     "too few positions": ({"text": {"config": CLIP_TEXT | {"max_position_embeddings": 9}}}, "max_position_embeddings=9.*to 10"),
+    "too few rotary positions": (
+        {"text": {**TEXT_TOWERS["roformer mean"], "config": BERT | {"max_position_embeddings": 9}}},
+        "max_position_embeddings=9.*to 10",
+    ),
+    "siglip padding": (
+        {"text": {"type": "siglip_text_model", "config": CLIP_TEXT | {"pad_token_id": None}, "pooling": "mean"}},
+        "pad_token_id is unset",
+    ),
     "roberta positions": (
         {"text": {"type": "roberta", "config": BERT | {"pad_token_id": 1}}},
         "max_position_embeddings=10.*to 12",

@@ -103,6 +103,52 @@ def test_the_body_of_a_model_with_a_head(tmp_path: Path) -> None:
         DualEncoder(model_config(text=bert_text(folder)))
 
 
+MLM: dict[str, tuple[str, dict[str, Any]]] = {
+    "modernbert": ("ModernBert", BERT | IDS | {"max_position_embeddings": 8192, "classifier_pooling": "mean"}),
+    "roformer": ("RoFormer", BERT | {"max_position_embeddings": 512}),
+    "bert": ("Bert", BERT | {"max_position_embeddings": 512}),
+}
+
+
+@pytest.mark.parametrize("kind", MLM)
+def test_encoders_that_learned_to_fill_gaps(tmp_path: Path, kind: str) -> None:
+    """The whole of each is loaded, its head is not, and texts of 512 tokens give the states of transformers' own model."""
+    name, values = MLM[kind]
+    torch.manual_seed(5)
+    values = values | {"decoder_bias": False} if kind == "modernbert" else values
+    whole = getattr(transformers, f"{name}ForMaskedLM")(getattr(transformers, f"{name}Config")(**values))
+    for parameter in whole.parameters():
+        # no norm's weights are ones and no biases zeros, so that one left out would be seen
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    whole.save_pretrained(tmp_path)
+    config = {key: value for key, value in values.items() if key not in ("classifier_pooling", "decoder_bias")}
+    config.pop("max_position_embeddings") if kind == "modernbert" else None
+    text = {"type": kind, "config": config, "pretrained": str(tmp_path), "pooling": "mean", "context_length": 512}
+    tower = DualEncoder(model_config(text=text)).text.eval()
+    tokens = torch.randint(1, 98, (2, 512))
+    tokens[1, 400:] = 0
+    theirs = getattr(transformers, f"{name}Model").from_pretrained(tmp_path).eval()
+    states = theirs(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state
+    expected = torch.stack([states[0].mean(0), states[1, :400].mean(0)])
+    torch.testing.assert_close(tower(tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_a_siglip_folder_serves_both_towers(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    text = BERT | {"max_position_embeddings": 10, "projection_size": 32}
+    whole = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VIT | {"image_size": 32}))
+    whole.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    image = {"type": "siglip_vision_model", "pretrained": str(tmp_path)}
+    model = DualEncoder(model_config(image, {"type": "siglip_text_model", "pretrained": str(tmp_path)}))
+    assert_weights(model.image.body, stored)
+    assert_weights(model.text.body, stored)
+    tokens = torch.randint(1, 98, (2, 10))
+    torch.testing.assert_close(model.text(tokens), whole.get_text_features(tokens), rtol=0, atol=1e-6)
+    # without the pooler, which the folder has
+    assert_weights(DualEncoder(model_config(image | {"pooling": "mean"})).image.body, stored)
+
+
 def test_values_that_only_training_uses_may_differ(tmp_path: Path) -> None:
     values = BERT | {"hidden_dropout_prob": 0.3, "initializer_range": 0.5, "eos_token_id": 99}
     DualEncoder(model_config(text=bert_text(bert_folder(tmp_path), config=values)))
