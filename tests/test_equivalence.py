@@ -233,6 +233,36 @@ def test_towers_of_other_kinds(shrunk):
     assert verdict.holds
 
 
+LOCKED_RESNET = ImageTowerConfig(
+    type="resnet",
+    size=32,
+    locked=True,
+    config={"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(2, 5, 3, "ring"), Layout(2, 5, 1, "ring")], ids=words)
+@pytest.mark.parametrize("model", ["Recap-B/16", "Jina-B/16", "batch norm"])
+def test_towers_of_the_papers(tiny_config_path, model, layout):
+    """Fixed tables, timm's buffers and the statistics of a locked tower are the same on all ranks."""
+    config = load_config(tiny_config_path, [f"model={'tiny' if model == 'batch norm' else model}"])
+    if model == "batch norm":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"image": LOCKED_RESNET})})
+    small = shrink(config).config
+    (verdict,) = Verifier(small, 2)([layout])
+    print(verdict)
+    assert verdict.holds
+
+
+def test_timms_transformers_are_shrunk_too(tiny_config_path):
+    small, changes = shrink(load_config(tiny_config_path, ["model=Jina-B/16", "model.image.config.model_args.init_values=0.1"]))
+    assert small.model.image.config["model_args"] == {
+        "depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64, "init_values": 0.1,
+    }  # fmt: skip
+    assert "model.image.size: 224 -> 64" in changes
+
+
 @pytest.fixture
 def command(tiny_config_path):
     """Run the command on the tiny configuration."""

@@ -19,6 +19,8 @@ _MOST = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256,
     "hidden_sizes": 16, "depths": 1,
 }  # fmt: skip
+# of timm's transformers
+_TIMM_SIZES = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _MOST_HIDDEN, _MOST_QUERIES = 32, 8
 _MOST_EMBED_DIM, _MOST_TOKENS, _MOST_UNLOCKED_GROUPS = 32, 12, 3
@@ -109,6 +111,8 @@ def _shrink_image(tower: ImageTowerConfig, values: Any) -> ImageTowerConfig:
         pixels = min(tower.size // patch, _MOST_PATCHES) * sizes["patch_size"]
     if "image_size" in tower.config:
         sizes["image_size"] = pixels
+    if tower.type == "timm_wrapper":
+        sizes["model_args"] = {**(tower.config.get("model_args") or {}), **_TIMM_SIZES, "img_size": pixels}
     return tower.model_copy(update={"size": pixels} | _layers(tower, sizes))
 
 

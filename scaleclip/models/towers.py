@@ -109,6 +109,8 @@ class ImageTower(Tower):
             self._fix_positions(config)
         patch_size = getattr(self.body.config, "patch_size", None)
         self._num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
+        # of feature maps, which some of timm's architectures give with channels last
+        self._first_place_axis = 1 if config.type == TIMM and vars(self.body.timm_model).get("output_fmt") == "NHWC" else 2
         self.width, self.state_width = self._output_widths(config.size)
 
     def forward(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Encoded:
@@ -124,8 +126,9 @@ class ImageTower(Tower):
 
     def _encoded(self, outputs: Any) -> Encoded:
         states = outputs.last_hidden_state
-        # of feature maps each place is a token
-        return Encoded(self._pool(outputs), states.flatten(2).transpose(1, 2) if states.dim() == 4 else states)
+        if states.dim() == 4:  # each place of a feature map is a token
+            states = states.flatten(1, 2) if self._first_place_axis == 1 else states.flatten(2).transpose(1, 2)
+        return Encoded(self._pool(outputs), states)
 
     def _pool(self, outputs: Any) -> Tensor:
         if self.pooling == "pooler":
@@ -285,7 +288,7 @@ def _build(
 def _fresh_body(key: str, kind: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         body = cast(PreTrainedModel, AutoModel.from_config(config))  # takes sdpa attention where the model has it
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key}.config does not make a {kind} tower: {error}") from error
     if kind in INITIALISERS:
         INITIALISERS[kind](body)

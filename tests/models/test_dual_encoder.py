@@ -95,11 +95,11 @@ def test_texts_of_512_tokens(kind: str) -> None:
     tower = build_text_tower(model_config(text=text).text, checkpointing=False)
     tokens = torch.randint(1, 98, (2, 512))
     tokens[1, 300:] = 0
-    pooled = tower(tokens)
+    pooled = tower(tokens).pooled_BD
     changed = tokens.clone()
     changed[0, 511], changed[1, 299] = 98, 98
-    assert (tower(changed) - pooled).abs().amax(1).min() > 1e-5
-    torch.testing.assert_close(tower(tokens[1:, :300]), pooled[1:], rtol=0, atol=1e-6)
+    assert (tower(changed).pooled_BD - pooled).abs().amax(1).min() > 1e-5
+    torch.testing.assert_close(tower(tokens[1:, :300]).pooled_BD, pooled[1:], rtol=0, atol=1e-6)
 
 
 def test_modernbert_runs_as_the_run_says() -> None:
@@ -113,7 +113,7 @@ def test_siglips_text_tower_reads_its_last_token_and_is_not_causal() -> None:
     tower = build_text_tower(model_config(text={"type": "siglip_text_model", "config": CLIP_TEXT}).text, checkpointing=False)
     _, tokens, _ = batch()
     states = transformers.SiglipTextModel.forward(tower.body, input_ids=tokens).last_hidden_state
-    torch.testing.assert_close(tower(tokens), tower.body.text_model.head(states[:, -1]))
+    torch.testing.assert_close(tower(tokens).pooled_BD, tower.body.text_model.head(states[:, -1]))
     changed = tokens.clone()
     changed[:, -1] = 7
     assert (tower.body(input_ids=changed).last_hidden_state[:, 0] - states[:, 0]).abs().max() > 1e-4

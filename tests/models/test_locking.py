@@ -1,5 +1,6 @@
 """Which group a parameter belongs to, in every kind of tower, and what a locked tower leaves to learn."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +208,73 @@ def test_a_locked_tower_keeps_the_drops_of_training() -> None:
     model = DualEncoder(model_config(text={"type": "bert", "config": BERT | {"hidden_dropout_prob": 0.5}, "locked": True}))
     tokens = torch.randint(1, 98, (4, 12))
     assert not torch.equal(model.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_what_never_learns_does_not_in_an_unlocked_group_either() -> None:
+    image = {"type": "siglip_vision_model", "pooling": "mean", "positions": "sincos", "locked": True, "unlocked_groups": 5}
+    text = {"type": "roformer", "config": BERT, "pooling": "mean", "locked": True, "unlocked_groups": 5}
+    model = DualEncoder(model_config(image, text))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        "image.body.vision_model.embeddings.position_embedding.weight",
+        "text.body.encoder.embed_positions.weight",
+    ]
+
+
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+LOCKED_RESNET = {"type": "resnet", "config": RESNET, "locked": True}
+
+
+def resnet_folder(folder: Path) -> transformers.ResNetModel:
+    """Saved there, with statistics that are not those of a fresh one; in evaluation mode."""
+    torch.manual_seed(4)
+    whole = transformers.ResNetModel(transformers.ResNetConfig(**RESNET))
+    for name, statistic in whole.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            statistic.uniform_(0.5, 2)
+    whole.save_pretrained(folder)
+    return whole.eval()
+
+
+def test_batch_norm_of_a_locked_tower_stands_still(tmp_path: Path) -> None:
+    theirs = resnet_folder(tmp_path)
+    model = DualEncoder(model_config(LOCKED_RESNET | {"pretrained": str(tmp_path)})).eval().train()
+    assert model.training
+    assert model.image.training
+    assert not any(module.training for module in model.image.body.modules())
+    before = {name: value.clone() for name, value in model.image.body.state_dict().items()}
+    torch.testing.assert_close(before, theirs.state_dict(), rtol=0, atol=0)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    features = model.encode_image(pixels)
+    features[:, 0].sum().backward()
+    # whatever chunks a batch comes in, and however often
+    torch.testing.assert_close(torch.cat([model.encode_image(chunk) for chunk in pixels.split([1, 5])]), features)
+    torch.testing.assert_close(model.image.body.state_dict(), before, rtol=0, atol=0)
+    normalised = torch.randn(2, 3, 32, 32)
+    pooled = theirs(normalised).pooler_output.flatten(1)
+    torch.testing.assert_close(model.image(normalised).pooled_BD, pooled, rtol=0, atol=1e-6)
+
+
+def test_statistics_of_a_locked_tower_are_parameters_as_checkpoints_hold_them(tmp_path: Path) -> None:
+    resnet_folder(tmp_path)
+    stored = DualEncoder(model_config(LOCKED_RESNET | {"pretrained": str(tmp_path)}))
+    names = [name for name, p in stored.named_parameters() if name.endswith((".running_mean", ".running_var"))]
+    assert len(names) == 2 * sum(isinstance(module, nn.BatchNorm2d) for module in stored.modules()) > 0
+    assert not any(p.requires_grad for p in stored.image.body.parameters())
+    assert list(stored.parameter_places()) == [name for name, _ in stored.named_parameters()]
+    # as a run goes on, without the folder
+    resumed = DualEncoder(model_config(LOCKED_RESNET))
+    with torch.no_grad():
+        for ours, theirs in zip(resumed.parameters(), stored.parameters(), strict=True):
+            ours.copy_(theirs)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(resumed.encode_image(pixels), stored.encode_image(pixels))
+    with torch.device("meta"):
+        shapes = DualEncoder(model_config(LOCKED_RESNET | {"pretrained": str(tmp_path)}))
+    assert {name: p.shape for name, p in shapes.named_parameters()} == {n: p.shape for n, p in stored.named_parameters()}
+    assert all(p.is_meta for p in shapes.parameters())
+
+
+@pytest.mark.parametrize("values", [{"locked": False}, {"locked": True, "unlocked_groups": 1}])
+def test_batch_norm_of_a_tower_that_learns(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"batch norm.*model\.image\.locked=true model\.image\.unlocked_groups=0"):
+        DualEncoder(model_config(LOCKED_RESNET | values))

@@ -46,7 +46,7 @@ def test_the_tower_is_timms(size: int) -> None:
             assert ours.weight.std().item() == pytest.approx(others.weight.std().item(), rel=0.08)
     theirs.load_state_dict(tower.body.timm_model.state_dict())
     pixels = torch.randn(2, 3, size, size)
-    torch.testing.assert_close(tower(pixels), theirs(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tower(pixels).pooled_BD, theirs(pixels), rtol=0, atol=1e-6)
     assert tower.width == 48
     assert tower.body.timm_model.pos_embed.shape == (1, 1 + (size // 8) ** 2, 48)
 
@@ -100,13 +100,32 @@ def test_depth_and_locking() -> None:
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_timm_pools(pool: str) -> None:
     tower = build_image_tower(image(with_arguments(global_pool=pool)), checkpointing=False)
-    assert tower(torch.randn(2, 3, 32, 32)).shape == (2, 48)
+    assert tower(torch.randn(2, 3, 32, 32)).pooled_BD.shape == (2, 48)
 
 
 def test_an_architecture_for_any_size() -> None:
     convnext = {"architecture": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}}
     tower = build_image_tower(image(convnext, size=64), checkpointing=False)
-    assert tower(torch.randn(2, 3, 64, 64)).shape == (2, tower.width) == (2, 16)
+    assert tower(torch.randn(2, 3, 64, 64)).pooled_BD.shape == (2, tower.width) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16], "kernel_sizes": 1, "output_stride": 8}),
+    ],
+)
+def test_tokens_are_places_of_a_feature_map(architecture: str, arguments: dict[str, Any]) -> None:
+    """Whether timm keeps channels first or last."""
+    tower = build_image_tower(image({"architecture": architecture, "model_args": arguments}, size=64), checkpointing=False)
+    pixels = torch.randn(1, 3, 64, 64)
+    states = tower(pixels).states_BND
+    assert states.shape == (1, 64, tower.state_width) == (1, 64, 16)
+    pixels[:, :, 60:, 60:] += 1  # the last place, in the last window
+    changed = (tower(pixels).states_BND - states).abs().amax((0, 2)) > 1e-6
+    assert changed[63]
+    assert not changed[0]
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -136,6 +155,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown value": ({"config": EVA | {"model_arg": {}}}, "did you mean 'model_args'"),
     "unknown argument": ({"config": with_arguments(dept=3)}, "does not make a timm_wrapper tower: .*'dept'"),
     "no mapping": ({"config": EVA | {"model_args": [3]}}, r"model_args=\[3\] is no mapping"),
+    "stages": (
+        {"config": {"architecture": "convnext_atto", "model_args": {"dims": [8]}}},
+        "does not make a timm_wrapper tower",
+    ),
     "heads": ({"config": with_arguments(num_heads=5)}, "does not make a timm_wrapper tower"),
     "pooling": ({"pooling": "mean"}, r"pooling=mean.*use pooler.*model_args\.global_pool"),
     "no pooling": ({"config": with_arguments(global_pool="")}, "states as they are"),
