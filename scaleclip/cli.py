@@ -99,6 +99,7 @@ def show_config(
     from scaleclip.config_io import json_schema, load_config, to_yaml
     from scaleclip.config_rules import validate
     from scaleclip.files import resolve_path
+    from scaleclip.stages import stages_of
 
     if schema:
         typer.echo(json_schema())
@@ -106,12 +107,12 @@ def show_config(
     resolved = load_config(resolve_path(config), overrides or ()) if config else RunConfig()
     if not deepspeed:
         typer.echo(to_yaml(resolved), nl=False)
-    if deepspeed or resolved.train.deepspeed:
+    if deepspeed or any(stage.config.train.deepspeed for stage in stages_of(resolved)):
         from scaleclip.deepspeed_config import deepspeed_config  # with torch: slow
 
-        derived = deepspeed_config(resolved, ranks)
+        derived = [deepspeed_config(stage.config, ranks) for stage in stages_of(resolved)]
         if deepspeed:
-            typer.echo(json.dumps(derived, indent=2))
+            typer.echo(json.dumps(derived if resolved.stages else derived[0], indent=2))
     if config:
         validate(resolved, ranks)
 

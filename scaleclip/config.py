@@ -400,6 +400,26 @@ class EvalConfig(Section):
     """Images or texts encoded at once."""
 
 
+class StageConfig(Section):
+    """A stretch of a run with settings of its own. Each section is laid over the run's: mappings key by key, while a list or a
+    value takes the place of the run's."""
+
+    optimizer: Literal["keep", "reset"] = "keep"
+    """What becomes of AdamW's moments and step counter where the stage starts; without meaning for the first one."""
+    data: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys of `data`. Entries of `sources` and of `text_pairs.sources` are added to the run's; `NAME: null` leaves one out."""
+    model: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys of `model` that leave the weights' shapes as they are, but for positions: image size, context length, locking, patch
+    dropout, `max_logit_scale`, `activation_checkpointing`; and parts that may come and go: `projector`, `caption_decoder`,
+    `init_logit_bias`."""
+    loss: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys of `loss`."""
+    optim: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys of `optim`; the schedule is the stage's own, warm-up included."""
+    train: Mapping[str, Any] = Field(default_factory=dict)
+    """Keys of `train`; `samples` are the stage's own."""
+
+
 class RunConfig(Section):
     """Everything that decides a run."""
 
@@ -423,3 +443,6 @@ class RunConfig(Section):
     """Logging."""
     eval: EvalConfig = EvalConfig()
     """Held-out splits."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stretches of the run, one after the other, each with settings of its own (CLIPA, arXiv:2306.15658); none: one with the
+    run's. Further ones may be added later, to a finished run too."""

@@ -1,16 +1,54 @@
 """Rules between the fields of a configuration and the number of ranks."""
 
+import itertools
 import re
 
-from scaleclip.config import DataConfig, RunConfig, TrainConfig
+from scaleclip.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from scaleclip.errors import ConfigError
+from scaleclip.stages import stages_of
 
 
 def validate(config: RunConfig, world_size: int) -> None:
-    """Rules between fields and the number of ranks. Pure: raises ConfigError or returns.
+    """Rules between fields, of every stage and between stages, and the number of ranks. Pure: raises ConfigError or returns.
 
     Rules that need the towers or the shards are checked where these are built, with the same kind of error.
     """
+    stages = stages_of(config)
+    for stage in stages:
+        try:
+            _validate_stage(stage.config, world_size)
+        except ConfigError as error:
+            if not config.stages:
+                raise
+            raise ConfigError(f"stages.{stage.number}: {error}") from None
+    for before, after in itertools.pairwise(stages):
+        _validate_border(before.config.model, after.config.model, after.number)
+
+
+def _validate_border(before: ModelConfig, after: ModelConfig, number: int) -> None:
+    """What comes with weights may appear or go at a border, but those that stay keep their shape and their value."""
+    olds, news = _parts(before), _parts(after)
+    for key, old in olds.items():
+        new = news[key]
+        if old is not None and new is not None and old != new:
+            raise ConfigError(
+                f"stages.{number}.model.{key}={new}: the stage before trains it with {old}, and its weights go on as they are: "
+                f"give both the same, or set model.{key.partition('.')[0]}=null in one of them"
+            )
+
+
+def _parts(model: ModelConfig) -> dict[str, int | float | None]:
+    """By key what decides shapes, or first values, of parts that a model may lack; None for one that it lacks."""
+    projector, decoder = model.projector, model.caption_decoder
+    return {
+        "projector.hidden": projector.hidden if projector else None,
+        "projector.dim": projector.dim if projector else None,
+        "caption_decoder.queries": decoder.queries if decoder else None,
+        "init_logit_bias": model.init_logit_bias,
+    }
+
+
+def _validate_stage(config: RunConfig, world_size: int) -> None:
     train, data, optim = config.train, config.data, config.optim
     _validate_sources(data)
     _validate_sharding(train)

@@ -25,6 +25,7 @@ def verify_equivalence(
     stages: Annotated[str, typer.Option(help="ZeRO stages.")] = "0,1,2,3",
     schedules: Annotated[str, typer.Option(help="How features meet across ranks.")] = "ring,gather",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each layout.")] = 3,
+    run_stage: Annotated[int, typer.Option(min=0, help="Which of the run's own `stages`.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few layouts in which every pair of these values meets.")] = False,
 ) -> None:
     """Check that a run takes the same steps however it is laid out.
@@ -42,6 +43,7 @@ def verify_equivalence(
     from scaleclip.equivalence.shrink import shrink
     from scaleclip.equivalence.verify import LIMIT, Verifier
     from scaleclip.files import resolve_path
+    from scaleclip.stages import stages_of
 
     whole = load_config(resolve_path(config), overrides or ())
     validate(whole, 1)
@@ -51,7 +53,10 @@ def verify_equivalence(
         _choices("--stages", stages, STAGES),
         _choices("--schedules", schedules, SCHEDULES),
     )
-    small = shrink(whole)
+    parts = stages_of(whole)
+    if run_stage >= len(parts):
+        raise ConfigError(f"--run-stage={run_stage}: the run's stages are 0 to {len(parts) - 1}")
+    small = shrink(parts[run_stage].config)
     global_batch = small.config.train.global_batch
     if max(layout.world_size for layout in layouts) > global_batch:
         raise ConfigError(f"--ranks={ranks}: the shrunk global batch has {global_batch} pairs, one a rank at least")

@@ -18,6 +18,7 @@ from scaleclip.evaluation.splits import open_splits
 from scaleclip.files import write_atomic
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.run_folder import read_config
+from scaleclip.stages import stage_before, stages_of
 
 
 def evaluate_newest(run: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
@@ -63,7 +64,8 @@ def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
 
 
 def _evaluate(run: Path, path: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
-    config = read_config(run)
+    whole, step = read_config(run), read_state(path).step
+    config = stage_before(stages_of(whole), step).config
     patterns = splits or config.eval.splits
     if not patterns:
         raise ConfigError("eval.splits of this run is empty: name some with --split")
@@ -73,4 +75,4 @@ def _evaluate(run: Path, path: Path, splits: Sequence[str]) -> tuple[int, list[F
     model.load_state_dict(model.state_dict() | load_weights(path))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
     figures = evaluate(model, tokenizer, open_splits(patterns, ShardCache(config.data.cache)), config)
-    return read_state(path).step, figures
+    return step, figures

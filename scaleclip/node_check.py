@@ -5,18 +5,19 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from scaleclip.config import RunConfig
+from scaleclip.config import CacheConfig, RunConfig, SourceConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import Source
 from scaleclip.errors import ConfigError
 from scaleclip.planning.counting import count_memory
+from scaleclip.stages import stages_of
 
 _PROBE_BYTES = 64 * 2**20
 _GIB = 2**30
@@ -45,10 +46,15 @@ def check_node(config: RunConfig, ranks: int, local_ranks: int, grace_s: float) 
         grace_s: seconds that the run has to save when SLURM warns it.
     """
     yield from _check_devices(local_ranks)
-    counts = count_memory(config.model, config.data, config.train.precision)
-    checkpoint_bytes = _BYTES_LEARNING * sum(counts.learning) + _BYTES_FROZEN * sum(counts.frozen)
+    stages = [stage.config for stage in stages_of(config)]
+    every = [count_memory(stage.model, stage.data, stage.train.precision) for stage in stages]
+    checkpoint_bytes = max(_BYTES_LEARNING * sum(counts.learning) + _BYTES_FROZEN * sum(counts.frozen) for counts in every)
     yield from _check_folder(config, checkpoint_bytes, local_ranks / ranks, grace_s)
-    yield from _check_data(config)
+    seen: list[tuple[str, SourceConfig]] = []
+    for stage in stages:
+        new = [named for named in stage.data.sources.items() if named not in seen]
+        yield from _check_data(new, config.data.cache)
+        seen += new
 
 
 def _check_devices(local_ranks: int) -> Iterator[Fault]:
@@ -119,9 +125,9 @@ def _check_folder(config: RunConfig, checkpoint_bytes: int, share: float, grace_
         )
 
 
-def _check_data(config: RunConfig) -> Iterator[Fault]:
-    cache = ShardCache(config.data.cache)
-    for name, section in config.data.sources.items():
+def _check_data(sources: Iterable[tuple[str, SourceConfig]], cache_config: CacheConfig) -> Iterator[Fault]:
+    cache = ShardCache(cache_config)
+    for name, section in sources:
         try:
             Source(name, section, cache).reader(0, 0)
         except (ConfigError, SampleError) as error:

@@ -27,16 +27,19 @@ def plan(
 ) -> None:
     """Memory, time and traffic of a run before it starts: does it fit, how long does it take, what limits it.
 
-    The model is counted on fake tensors: no device is needed and the data need not exist.
+    The model is counted on fake tensors: no device is needed and the data need not exist. A run of several stages has a plan a
+    stage, and a picture NAME-STAGE.png.
     """
     from rich.console import Console
 
     from scaleclip.config_io import load_config
+    from scaleclip.config_rules import validate
     from scaleclip.files import resolve_path
     from scaleclip.planning.devices import load_device
     from scaleclip.planning.plan import SAMPLES_PER_CPU_S, Assumptions, sweep
     from scaleclip.planning.plan import plan as make_plan
-    from scaleclip.planning.tables import data_advice, figures_table, headline, memory_table, to_json
+    from scaleclip.planning.tables import data_advice, figures_table, headline, memory_table, to_json, totals
+    from scaleclip.stages import stages_of
 
     if picture is not None and picture.suffix != ".png":
         raise ConfigError(f"--picture={picture}: only .png is drawn")
@@ -46,22 +49,35 @@ def plan(
         )
     run, device = load_config(resolve_path(config), overrides or ()), load_device(gpu)
     assumptions = Assumptions(nodes_of, mfu, cores_per_gpu, image_px)
-    planned = make_plan(run, gpus, device, assumptions)
+    validate(run, gpus)
+    stages = stages_of(run)
+    planned = [make_plan(stage.config, gpus, device, assumptions) for stage in stages]
     if picture is not None:
         from scaleclip.planning.picture import draw_plan
 
-        draw_plan(sweep(run, _PICTURED_RANKS, device, assumptions), planned, picture)
+        for stage, each in zip(stages, planned, strict=True):
+            path = picture.with_stem(f"{picture.stem}-{stage.number}") if run.stages else picture
+            draw_plan(sweep(stage.config, _PICTURED_RANKS, device, assumptions), each, path)
     if json:
         typer.echo(to_json(planned))
     else:
         console = Console()
-        console.print(memory_table(planned))
-        console.print(figures_table(planned))
-        console.print(headline(planned), highlight=False)
-        if advice := data_advice(planned):
-            console.print(advice, style="yellow", highlight=False)
-    if not planned.micro_batch:
+        for stage, each in zip(stages, planned, strict=True):
+            if run.stages:
+                console.rule(f"stage {stage.number}, from step {stage.first_step:,}")
+            console.print(memory_table(each))
+            console.print(figures_table(each))
+            console.print(headline(each), highlight=False)
+            if advice := data_advice(each):
+                console.print(advice, style="yellow", highlight=False)
+        if run.stages:
+            console.rule()
+            console.print(totals(planned), highlight=False)
+    full = [stage for stage, each in zip(stages, planned, strict=True) if not each.micro_batch]
+    if full:
+        where = f"in stage {full[0].number}, " if run.stages else ""
         raise RunError(
-            f"{gpu} does not hold a micro batch under ZeRO-{planned.stage}: see the table for a stage that fits, or lower "
-            f"train.micro_batch, or set model.activation_checkpointing=true, train.offload_optimizer=true or more --gpus"
+            f"{where}{gpu} does not hold a micro batch under ZeRO-{full[0].config.train.zero_stage}: see the table for a stage "
+            f"that fits, or lower train.micro_batch, or set model.activation_checkpointing=true, train.offload_optimizer=true or "
+            f"more --gpus"
         )

@@ -3,7 +3,8 @@
 1. `save` copies what the rank holds into a buffer, the only time that training waits, and a thread writes it.
 2. `poll` sees that every rank has written; a thread of rank 0 then publishes the checkpoint, deletes old ones and offers it to
    the mirror.
-3. `load_newest` fills the state in place from the newest checkpoint that is whole, here or in the mirror.
+3. `load_newest` fills the state in place from the newest checkpoint that is whole, here or in the mirror. Where that is one of
+   the stage before, what has other shapes is resized (border.py).
 
 Threads use no collectives: what they find is exchanged by `poll`, `save` and `finish`, which every rank calls.
 """
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+from torch import Tensor
 
 from scaleclip.checkpoint import loading
 from scaleclip.checkpoint.background import begin, failure, finished
+from scaleclip.checkpoint.border import Border, Changes, fill_across, merge
 from scaleclip.checkpoint.folders import (
     checkpoints,
     first_fault,
@@ -80,6 +83,8 @@ class Checkpointer:
     ) -> None:
         self._folder, self._world, self._shard, self._config, self._origin = folder, world, shard, config, origin
         self._pending: _Pending | None = None
+        # of this rank: weights that the checkpoint of the stage before lacks, for a roll-back to it
+        self._fresh: dict[str, Tensor] = {}
         with all_or_none():
             self._mirror = Mirror(config.mirror, config.keep, origin) if config.mirror and world.is_main else None
             self._snapshot = Snapshot(share(shard().fragments, world.rank, world.size), world.device)
@@ -140,8 +145,12 @@ class Checkpointer:
         if self._mirror and self._mirror.missing:
             log.warning("%s is not in checkpoint.mirror=%s: copy it there", self._mirror.missing, self._config.mirror)
 
-    def load_newest(self, *, ask_mirror: bool = True) -> TrainState | None:
+    def load_newest(self, *, ask_mirror: bool = True, border: Border | None = None) -> TrainState | None:
         """Fill the shard from the newest whole checkpoint and return its state; None when the run has no checkpoint at all.
+
+        One of the `border`'s step was saved by the stage before: what fits is taken over, resized where `border.fit` can, what
+        it lacks stays as it was made (at a roll-back too), and what the model no longer has is dropped. Every other one must
+        have the same parameters.
 
         1. Files of a save or a fetch that was cut short are deleted.
         2. The newest checkpoint in the run's folder whose checksums hold; `latest` is for people, the folders decide.
@@ -170,9 +179,18 @@ class Checkpointer:
             names = loading.rank_files(path)[self._world.rank :: self._world.size]
             mine = {name: read_pieces(path / name) for name in names}
         pieces: dict[str, list[Piece]] = {name: held for part in gather_objects(mine) for name, held in part.items()}
+        crossed = border if border is not None and path.name == step_name(border.step) else None
+        changes = Changes()
         with all_or_none():
-            loading.fill(self._shard(), path, pieces)
+            if crossed is None:
+                loading.fill(self._shard(), path, pieces)
+            else:
+                changes = fill_across(self._shard(), path, pieces, crossed, self._fresh)
             state = read_state(path)
+        if crossed is not None:
+            told = merge(gather_objects(changes)).told(piece.name for held in pieces.values() for piece in held)
+            optimizer = "kept" if crossed.keeps_optimizer else "reset"
+            log.info("a stage begins at step %d: optimizer state %s; %s", crossed.step, optimizer, told)
         log.info("going on from %s, saved by %d rank(s) with train.zero_stage=%d", path, state.world_size, state.zero_stage)
         return state
 

@@ -36,7 +36,7 @@ def fill(shard: Shard, path: Path, pieces: Mapping[str, Sequence[Piece]]) -> Non
         RunError: the checkpoint lacks a parameter or some of its elements, or has it with another shape.
     """
     with ExitStack() as stack:
-        reader = _Reader(path, pieces, stack)
+        reader = Reader(path, pieces, stack)
         for fragment in shard.fragments:
             for kind, tensor_N in fragment.tensors.items():
                 reader.read(fragment.name, fragment.shape, kind, fragment.start, tensor_N)
@@ -53,13 +53,18 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     shapes = {piece.name: piece.shape for file in pieces.values() for piece in file}
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     with ExitStack() as stack:
-        reader = _Reader(path, pieces, stack)
+        reader = Reader(path, pieces, stack)
         for name, weight in weights.items():
             reader.read(name, shapes[name], "weight", 0, weight.view(-1))
     return weights
 
 
-class _Reader:
+def read_scalars(path: Path) -> dict[str, Tensor]:
+    """The small tensors that ranks hold alike."""
+    return safetensors.torch.load_file(path / SCALARS)
+
+
+class Reader:
     """Files of a checkpoint, opened when they are needed and closed by `stack`."""
 
     def __init__(self, path: Path, pieces: Mapping[str, Iterable[Piece]], stack: ExitStack) -> None:
@@ -72,13 +77,29 @@ class _Reader:
         for stored in self._stored.values():
             stored.sort(key=lambda entry: entry[0].start)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a whole parameter; None if the checkpoint has no such one."""
+        stored = self._stored.get(name)
+        return stored[0][0].shape if stored else None
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether any file has a `kind` of the parameter: a moment is there where it learned."""
+        return any(kind in piece.kinds for piece, _ in self._stored.get(name, []))
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A whole parameter that the checkpoint has, or a moment of it, fp32 on the CPU."""
+        shape = self._stored[name][0][0].shape
+        whole = torch.empty(shape)
+        self.read(name, shape, kind, 0, whole.view(-1))
+        return whole
+
     def read(self, name: str, shape: tuple[int, ...], kind: str, start: int, target_N: Tensor) -> None:
         """Copy elements `start` to `start` + N of a flattened parameter, or of its optimizer state, to `target_N`."""
         stored = self._stored.get(name, [])
         if not stored:
             raise self._misfit(f"has no parameter {name}")
         if stored[0][0].shape != shape:
-            raise self._misfit(f"has {name} with shape {stored[0][0].shape}, this model with {shape}")
+            raise self.misshapen(name, shape)
         end = start + len(target_N)
         assert end <= math.prod(shape) or start == end, f"{name} has no elements {start} to {end}"
         for piece, file in stored:
@@ -90,6 +111,10 @@ class _Reader:
         if start < end:
             raise self._misfit(f"lacks {kind} of {name} from element {start:,} on")
 
+    def misshapen(self, name: str, shape: tuple[int, ...]) -> RunError:
+        """The error of a parameter that the model has with `shape`, and the checkpoint with another."""
+        return self._misfit(f"has {name} with shape {self.shape(name)}, this model with {shape}")
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(self._path / file, "pt"))
@@ -100,7 +125,7 @@ class _Reader:
 
 
 def _fill_scalars(scalars: Mapping[str, Tensor], path: Path) -> None:
-    found = safetensors.torch.load_file(path / SCALARS)
+    found = read_scalars(path)
     for name, scalar in scalars.items():
         if name not in found or found[name].shape != scalar.shape:
             raise _misfit(path, f"has no {name} of shape {tuple(scalar.shape)}")

@@ -191,7 +191,7 @@ class Plan(NamedTuple):
 
 
 def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumptions) -> Plan:
-    """Plan a run on `num_ranks` devices; seconds for the first plan of a model, milliseconds for others.
+    """Plan a run, or a stage of one, on `num_ranks` devices; seconds for the first plan of a model, milliseconds for others.
 
     Raises:
         ConfigError: the configuration cannot run on so many ranks, or a tower cannot be built.

@@ -3,7 +3,8 @@
 import itertools
 import json
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 
@@ -144,6 +145,15 @@ def headline(plan: Plan) -> str:
     )
 
 
+def totals(plans: Sequence[Plan]) -> str:
+    """All stages of a run in one sentence."""
+    days, gpu_hours = sum(plan.days for plan in plans), sum(plan.gpu_hours for plan in plans)
+    return (
+        f"{len(plans)} stages: {sum(plan.steps for plan in plans):,} steps, {sum(plan.samples for plan in plans):,} pairs, "
+        f"{_days(days)}, {_hours(gpu_hours)} device-hours"
+    )
+
+
 def data_advice(plan: Plan) -> str | None:
     """What to change where devices would wait for data."""
     if plan.limit != "data":
@@ -176,14 +186,27 @@ def shown(figure: Figure) -> str:
             return _with_prefix(figure.value, unit)
 
 
-def to_json(plan: Plan) -> str:
-    """The plan for other programs."""
+def to_json(plans: Sequence[Plan]) -> str:
+    """The plan for other programs; of several stages, a list of theirs with what they take together."""
+    if len(plans) == 1:
+        return json.dumps(_tree(plans[0]), indent=2)
+    tree = {
+        "stages": [_tree(plan) for plan in plans],
+        "steps": sum(plan.steps for plan in plans),
+        "samples": sum(plan.samples for plan in plans),
+        "days": sum(plan.days for plan in plans),
+        "device_hours": sum(plan.gpu_hours for plan in plans),
+    }
+    return json.dumps(tree, indent=2)
+
+
+def _tree(plan: Plan) -> dict[str, Any]:
     memory = [
         {"stage": zero.stage, "largest_micro_batch": zero.largest_micro_batch, "total": zero.memory.total}
         | zero.memory._asdict()
         for zero in plan.stages
     ]
-    tree = {
+    return {
         "devices": plan.num_ranks,
         "device": plan.device._asdict(),
         "stage": plan.stage,
@@ -193,7 +216,6 @@ def to_json(plan: Plan) -> str:
         "memory_bytes": memory,
         "figures": [figure._asdict() for figure in figures(plan)],
     }
-    return json.dumps(tree, indent=2)
 
 
 def _seconds(value: float) -> str:
