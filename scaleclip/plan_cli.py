@@ -78,6 +78,6 @@ def plan(
         where = f"in stage {full[0].number}, " if run.stages else ""
         raise RunError(
             f"{where}{gpu} does not hold a micro batch under ZeRO-{full[0].config.train.zero_stage}: see the table for a stage "
-            f"that fits, or lower train.micro_batch, or set model.activation_checkpointing=true, train.offload_optimizer=true or "
-            f"more --gpus"
+            f"that fits, or lower train.micro_batch, or set model.activation_checkpointing=true, train.offload_optimizer=true "
+            f"or more --gpus"
         )

@@ -8,9 +8,10 @@ from unittest import mock
 
 import torch
 
-from fake_shards import LAYOUTS, assert_equal, blank, make_whole, tensors_of
+from fake_shards import KINDS, LAYOUTS, SHAPES, assert_equal, blank, make_whole, tensors_of
 from scaleclip import distributed
 from scaleclip.checkpoint import checkpointer as checkpointer_module
+from scaleclip.checkpoint.border import Border
 from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.folders import first_fault
 from scaleclip.checkpoint.shard import Fragment, Shard
@@ -103,3 +104,21 @@ def load_one_element(folder: Path) -> float:
     shard = _one_element(0.0)
     Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig(), {}).load_newest()
     return shard.fragments[0].tensors["weight"].item()
+
+
+def cross(folder: Path, seed: int, step: int) -> str:
+    """Go on from make_whole(seed) with another model; what the log says of it."""
+    world = distributed.init()
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "pair"} | {"conv": (2, 2), "extra": (9,)}
+    shard = LAYOUTS["cut together"](make_whole(8, shapes), world.rank, world.size)
+    border = Border(step, True, lambda name, whole, shape: whole[:, :2, 0, 0])
+    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
+    with mock.patch.object(checkpointer_module.log, "info") as info:
+        assert checkpointer.load_newest(border=border) is not None
+    whole = make_whole(seed)
+    whole["conv"] = {kind: tensor[:, :2, 0, 0] for kind, tensor in whole["conv"].items()}
+    whole["conv"]["exp_avg_sq"] = whole["conv"]["exp_avg_sq"].clamp(min=0)
+    extra = {kind: torch.zeros(9) for kind in KINDS} | {"weight": make_whole(8, shapes)["extra"]["weight"]}
+    expected = {name: (extra if name == "extra" else whole[name]) for name in make_whole(8, shapes)}
+    assert_equal(shard._replace(scalars={}), LAYOUTS["cut together"](expected, world.rank, world.size)._replace(scalars={}))
+    return str(info.call_args_list[0].args[0] % info.call_args_list[0].args[1:])

@@ -1,13 +1,20 @@
-"""Parameters with optimizer state, cut for ranks as ZeRO's stages cut them, without DeepSpeed."""
+"""Parameters with optimizer state, cut for ranks as ZeRO's stages cut them, and their checkpoints, without DeepSpeed."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from zlib import crc32
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from scaleclip.checkpoint.shard import Fragment, Shard
+from scaleclip.checkpoint import loading
+from scaleclip.checkpoint.folders import partial, publish, write_durable
+from scaleclip.checkpoint.rank_file import rank_file
+from scaleclip.checkpoint.shard import Fragment, Shard, share
+from scaleclip.checkpoint.snapshot import Snapshot
+from scaleclip.checkpoint.state import STATE, TrainState, encode
 
 Whole = dict[str, dict[str, Tensor]]
 """Parameter -> `weight`, `exp_avg`, `exp_avg_sq` -> values in the parameter's shape."""
@@ -106,6 +113,22 @@ def write_step(shard: Shard, step: int) -> None:
     for start, (name, tensor) in zip(starts, tensors_of(shard), strict=True):
         first = 100 * step + crc32(name.encode()) % 100 + start
         tensor.copy_(torch.arange(first, first + tensor.numel()).view(tensor.shape))
+
+
+def write(folder: Path, shards: list[Shard], step: int = 4) -> Path:
+    """What ranks with these shards save."""
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    partial(path).mkdir(parents=True)
+    digests = {}
+    for rank, shard in enumerate(shards):
+        mine = share(shard.fragments, rank, len(shards))
+        snapshot = Snapshot(mine, torch.device("cpu"))
+        snapshot.take(mine)
+        digests[rank_file(rank)] = write_durable(partial(path) / rank_file(rank), snapshot.blocks())
+    digests[loading.SCALARS] = write_durable(partial(path) / loading.SCALARS, [save(shards[0].scalars)])
+    digests[STATE] = write_durable(partial(path) / STATE, [encode(TrainState(step=step))])
+    publish(path, digests)
+    return path
 
 
 def _fragment(name: str, whole: Whole, tensors: Mapping[str, Tensor], start: int, is_replicated: bool) -> Fragment:

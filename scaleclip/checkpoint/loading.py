@@ -61,7 +61,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def read_scalars(path: Path) -> dict[str, Tensor]:
     """The small tensors that ranks hold alike."""
-    return safetensors.torch.load_file(path / SCALARS)
+    found: dict[str, Tensor] = safetensors.torch.load_file(path / SCALARS)
+    return found
 
 
 class Reader:

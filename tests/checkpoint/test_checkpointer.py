@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_rank_jobs import Found, exercise, load, save_on_a_full_disk
+from checkpoint_rank_jobs import Found, cross, exercise, load, save_on_a_full_disk
 from fake_shards import LAYOUTS, assert_equal, blank, make_whole, write_step
 from scaleclip.checkpoint import checkpointer as module
 from scaleclip.checkpoint.checkpointer import Checkpointer
@@ -224,6 +224,13 @@ def test_ranks_load_what_another_number_of_ranks_saved(two_ranks):
     (path,) = saved(folder / "whole")
     assert len(list(path.glob("rank_*.safetensors"))) == 2
     assert run_ranks(load, 3, folder / "whole", "cut together", 3) == [TrainState(step=9, world_size=2)] * 3
+
+
+def test_ranks_go_on_with_another_model_at_a_border(two_ranks):
+    folder, _ = two_ranks
+    told = run_ranks(cross, 3, folder / "whole", 3, 9)
+    # each parameter lies on one rank or two, and every rank says what became of all
+    assert told == ["a stage begins at step 9: optimizer state kept; resized: conv; left fresh: extra; dropped: pair"] * 3
 
 
 def test_each_file_is_hashed_by_one_rank(two_ranks):

@@ -6,35 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-from fake_shards import FROZEN, LAYOUTS, SHAPES, assert_equal, blank, make_whole, scalars_of
+from fake_shards import FROZEN, LAYOUTS, SHAPES, assert_equal, blank, make_whole, scalars_of, write
 from scaleclip.checkpoint import loading, snapshot
 from scaleclip.checkpoint.background import begin
-from scaleclip.checkpoint.folders import newest, partial, publish, write_durable
+from scaleclip.checkpoint.folders import newest, write_durable
 from scaleclip.checkpoint.rank_file import rank_file, read_pieces
-from scaleclip.checkpoint.shard import Shard, share
+from scaleclip.checkpoint.shard import Shard
 from scaleclip.checkpoint.snapshot import Snapshot
-from scaleclip.checkpoint.state import STATE, TrainState, encode, read_state
+from scaleclip.checkpoint.state import STATE, TrainState, read_state
 from scaleclip.errors import RunError
 
 WHOLE = make_whole(seed=1)
-
-
-def write(folder: Path, shards: list[Shard], step: int = 4) -> Path:
-    """What ranks with these shards save."""
-    path = folder / "checkpoints" / f"step_{step:08d}"
-    partial(path).mkdir(parents=True)
-    digests = {}
-    for rank, shard in enumerate(shards):
-        mine = share(shard.fragments, rank, len(shards))
-        snapshot = Snapshot(mine, torch.device("cpu"))
-        snapshot.take(mine)
-        digests[rank_file(rank)] = write_durable(partial(path) / rank_file(rank), snapshot.blocks())
-    digests[loading.SCALARS] = write_durable(partial(path) / loading.SCALARS, [save(shards[0].scalars)])
-    digests[STATE] = write_durable(partial(path) / STATE, [encode(TrainState(step=step))])
-    publish(path, digests)
-    return path
 
 
 def read(path: Path, shard: Shard) -> Shard:
