@@ -187,14 +187,15 @@ def known_keys() -> list[str]:
     return [key for key, _ in _fields(RunConfig, "")]
 
 
-def origin(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+def origin(config: RunConfig, data_fingerprints: Sequence[str]) -> dict[str, Any]:
     """What decides a run's updates, by dotted key, with what its data is: a checkpoint of another origin is another run's.
 
     The first stage's keys are those of a run without stages, which others may have been added to.
     """
     first, *later = _decisive(config)
     flat = {f"stages.{number}.{key}": value for number, stage in enumerate(later, 1) for key, value in stage.items()}
-    return first | flat | {"data": data_fingerprint}
+    data = {f"stages.{number}.data": fingerprint for number, fingerprint in enumerate(data_fingerprints)}
+    return first | flat | {"data": data.pop("stages.0.data")} | data
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -119,6 +119,14 @@ def _validate_objective(config: RunConfig) -> None:
         raise ConfigError("data.caption is cut to model.caption_decoder.queries tokens: unset max_tokens and keep")
     if loss.kind == "sigmoid" and loss.weights != (0.5, 0.5):
         raise ConfigError(f"loss.weights={list(loss.weights)}: the sigmoid loss has one direction only; unset it")
+    augment = data.augment
+    for key, bounds in (("crop_scale", augment.crop_scale), ("crop_ratio", augment.crop_ratio), ("blur_sigma", augment.blur_sigma)):
+        if not 0 < bounds[0] <= bounds[1]:
+            raise ConfigError(f"data.augment.{key}={list(bounds)}: both must be positive, the first not above the second")
+    if augment.crop_scale[1] > 1:
+        raise ConfigError(f"data.augment.crop_scale={list(augment.crop_scale)}: a crop cannot cover more than the image (1.0)")
+    if not (0 <= min(augment.jitter) and max(augment.jitter[:3]) <= 1 and augment.jitter[3] <= 0.5):
+        raise ConfigError(f"data.augment.jitter={list(augment.jitter)}: three shares from 0 to 1, then hue from 0 to 0.5")
     if not any(loss.weights):
         raise ConfigError(f"loss.weights={list(loss.weights)}: at least one direction must count")
     if data.text_pairs.num_negatives and not data.text_pairs.sources:

@@ -162,6 +162,11 @@ class Engine:
                 whole.copy_(parameter)
         return copy
 
+    def close(self) -> None:
+        """Give back what the engine holds, so that another one can be made."""
+        self._ds.destroy()
+        self._adamw.state.clear()
+
     def shard(self) -> Shard:
         """What this rank holds of parameters and optimizer state, as views: what is written there is loaded (`refresh`)."""
         parameters = dict(self.model.named_parameters())

@@ -35,10 +35,14 @@ class Row(NamedTuple):
     """Optimizer steps done."""
     samples: int
     """Pairs seen since the run's start."""
+    stage: int
+    """Number of the stage, from 0 on."""
     epoch: float
-    """Passes over the data."""
+    """Passes over the stage's data."""
     loss: float | None
     """Loss of this step's global batch; null where it is not finite."""
+    terms: dict[str, float | None]
+    """Terms of the loss by name, before their weights."""
     lr: float
     """Learning rate of this step."""
     logit_scale: float

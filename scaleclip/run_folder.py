@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,10 +33,11 @@ _LOCK_WAIT_S = 10.0
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
 
-def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str, loss_gemm: str) -> TextIO:
+def open_run(config: RunConfig, world_size: int, data_fingerprints: Sequence[str], loss_gemm: str) -> TextIO:
     """Make the run's folder, or check that the one there belongs to the same run, and note this start in it. Rank 0 only.
 
-    `loss_gemm` names the library of the loss's fp32 products: a run that goes on with another has other rounding.
+    `data_fingerprints` are the stages'; further ones may be added. `loss_gemm` names the library of the loss's fp32 products: a
+    run that goes on with another has other rounding.
     Returns a lock: while it is open no other process opens the run.
 
     Raises:
@@ -45,9 +47,9 @@ def open_run(config: RunConfig, world_size: int, manifest_fingerprint: str, loss
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         held = lock(folder)
-        starts = _check_same_run(folder, config, manifest_fingerprint)
+        starts = _check_same_run(folder, config, data_fingerprints)
         write_atomic(folder / "config.yaml", to_yaml(config))
-        starts.append(_this_start(world_size, manifest_fingerprint, loss_gemm))
+        starts.append(_this_start(world_size, data_fingerprints, loss_gemm))
         write_atomic(folder / "provenance.json", json.dumps({"starts": starts}, indent=2))
     except OSError as error:
         raise ConfigError(
@@ -124,7 +126,7 @@ def log_to(folder: Path, rank: int, start: str) -> logging.Logger:
     return logging.getLogger("scaleclip")
 
 
-def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) -> list[dict[str, Any]]:
+def _check_same_run(folder: Path, config: RunConfig, data_fingerprints: Sequence[str]) -> list[dict[str, Any]]:
     """The starts so far; none for a new folder."""
     if not (folder / "config.yaml").exists() or not (folder / "provenance.json").exists():
         if any((folder / "checkpoints").glob("step_*")):
@@ -141,7 +143,7 @@ def _check_same_run(folder: Path, config: RunConfig, manifest_fingerprint: str) 
             f"set these back to go on with that run, or name another run.folder for a new one"
         )
     starts: list[dict[str, Any]] = json.loads((folder / "provenance.json").read_text())["starts"]
-    if starts[0]["manifest"] != manifest_fingerprint:
+    if any(then != now for then, now in zip(starts[-1]["data"], data_fingerprints, strict=False)):
         raise ConfigError(
             f"run.folder={folder} was trained on other shards: the names or sample counts of data.sources have changed since; "
             f"restore them to go on, or name another run.folder"
@@ -161,7 +163,7 @@ def code_version() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
-def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> dict[str, Any]:
+def _this_start(world_size: int, data_fingerprints: Sequence[str], loss_gemm: str) -> dict[str, Any]:
     return {
         "id": os.urandom(4).hex(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -173,6 +175,6 @@ def _this_start(world_size: int, manifest_fingerprint: str, loss_gemm: str) -> d
         "package": str(Path(__file__).parent),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "manifest": manifest_fingerprint,
+        "data": list(data_fingerprints),
         "loss_gemm": loss_gemm,
     }

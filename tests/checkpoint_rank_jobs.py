@@ -42,7 +42,7 @@ def save(folder: Path, layout: str, seed: int, step: int) -> None:
     """Save make_whole(seed) as `layout` cuts it."""
     world = distributed.init()
     shard = LAYOUTS[layout](make_whole(seed), world.rank, world.size)
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard)
     checkpointer.save(TrainState(step=step, world_size=world.size))
     checkpointer.finish()
 
@@ -52,7 +52,7 @@ def load(folder: Path, layout: str, seed: int) -> Any:
     world = distributed.init()
     expected = LAYOUTS[layout](make_whole(seed), world.rank, world.size)
     shard = blank(expected)
-    state = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {}).load_newest()
+    state = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard).load_newest()
     assert_equal(shard, expected)
     return state
 
@@ -62,7 +62,7 @@ def save_on_a_full_disk(folder: Path, full_rank: int) -> tuple[str, bool]:
     world = distributed.init()
     whole = make_whole(0, {"weight": (100, 100)})
     shard, before = (LAYOUTS["cut each"](whole, world.rank, world.size) for _ in range(2))
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard)
     checkpointer.save(TrainState(step=1))
     checkpointer.finish()
     if world.rank == full_rank:
@@ -83,7 +83,7 @@ def verify_shares(folder: Path) -> list[str]:
     world = distributed.init()
     shard = blank(LAYOUTS["cut each"](make_whole(0), world.rank, world.size))
     with mock.patch.object(checkpointer_module, "first_fault", wraps=first_fault) as watched:
-        Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {}).load_newest()
+        Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard).load_newest()
     return [name for call in watched.call_args_list for name in call.args[1]]
 
 
@@ -94,7 +94,7 @@ def _one_element(value: float) -> Shard:
 def save_one_element(folder: Path) -> None:
     """Save a state with fewer elements than ranks."""
     shard = _one_element(5.0)
-    checkpointer = Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig(), {})
+    checkpointer = Checkpointer(folder, distributed.init(), CheckpointConfig(), {}).attach(lambda: shard)
     checkpointer.save(TrainState(step=1))
     checkpointer.finish()
 
@@ -102,7 +102,7 @@ def save_one_element(folder: Path) -> None:
 def load_one_element(folder: Path) -> float:
     """The element's value."""
     shard = _one_element(0.0)
-    Checkpointer(folder, distributed.init(), lambda: shard, CheckpointConfig(), {}).load_newest()
+    Checkpointer(folder, distributed.init(), CheckpointConfig(), {}).attach(lambda: shard).load_newest()
     return shard.fragments[0].tensors["weight"].item()
 
 
@@ -112,7 +112,7 @@ def cross(folder: Path, seed: int, step: int) -> str:
     shapes = {name: shape for name, shape in SHAPES.items() if name != "pair"} | {"conv": (2, 2), "extra": (9,)}
     shard = LAYOUTS["cut together"](make_whole(8, shapes), world.rank, world.size)
     border = Border(step, True, lambda name, whole, shape: whole[:, :2, 0, 0])
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(), {})
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard)
     with mock.patch.object(checkpointer_module.log, "info") as info:
         assert checkpointer.load_newest(border=border) is not None
     whole = make_whole(seed)

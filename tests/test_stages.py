@@ -330,7 +330,7 @@ def test_stages_may_be_added_at_the_end():
 
 def test_an_origin_is_that_of_each_stage():
     plain, both = staged(), staged({}, {"optim": {"lr": 0.5}, "optimizer": "reset"})
-    old, new = origin(plain, "x"), origin(both, "x")
+    old, new = origin(plain, ["x"]), origin(both, ["x", "y"])
     assert "stages" not in old
     assert old["data"] == "x"
     assert old["run.seed"] == 0
@@ -437,7 +437,7 @@ def test_a_checkpoint_is_evaluated_as_the_stage_that_saved_it(two_stages, monkey
     monkeypatch.setattr("scaleclip.checkpoint.checkpointer.gather_objects", lambda found: [found])
     monkeypatch.setattr("scaleclip.checkpoint.checkpointer.any_rank", bool)
     world = World(0, 1, 0, torch.device("cpu"))
-    checkpointer = Checkpointer(folder, world, lambda: Shard(fragments, {}), config.checkpoint, {})
+    checkpointer = Checkpointer(folder, world, config.checkpoint, {}).attach(lambda: Shard(fragments, {}))
     checkpointer.save(TrainState(step=step))
     checkpointer.finish()
     monkeypatch.setattr(evaluate_run, "evaluate", lambda model, tokenizer, splits, config: [config.model.image.size])

@@ -75,7 +75,7 @@ def measure(folder: Path, mib: int, num_rounds: int) -> list[Round]:
     shard = make_shard(mib, world.rank, world.size)
     sources = [torch.empty(0).set_(tensor.untyped_storage()) for tensor in shard.fragments[0].tensors.values()]
     targets = [source.clone() for source in sources]
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(keep=1), {})
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(keep=1), {}).attach(lambda: shard)
     path: Path | None = None
 
     def train() -> float:

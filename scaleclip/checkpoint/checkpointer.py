@@ -63,31 +63,50 @@ class _Pending(NamedTuple):
     is_publishing: bool
 
 
+class Found(NamedTuple):
+    """A whole checkpoint of the run."""
+
+    path: Path
+    state: TrainState
+
+
 class Checkpointer:
     """A run's checkpoints. Every rank makes one and calls each method at the same step.
 
     Args:
         folder: the run's.
         world: this rank.
-        shard: what this rank holds, as views of the live state; the layout is always the same.
         config: when old checkpoints are deleted, and the mirror.
         origin: what the run is, see TrainState.
 
     Raises:
         ConfigError: fsspec does not know the mirror's place.
-        RuntimeError, MemoryError: the host has no room for a copy of the shard.
     """
 
-    def __init__(
-        self, folder: Path, world: World, shard: Callable[[], Shard], config: CheckpointConfig, origin: dict[str, Any]
-    ) -> None:
-        self._folder, self._world, self._shard, self._config, self._origin = folder, world, shard, config, origin
+    def __init__(self, folder: Path, world: World, config: CheckpointConfig, origin: dict[str, Any]) -> None:
+        self._folder, self._world, self._config, self._origin = folder, world, config, origin
         self._pending: _Pending | None = None
         # of this rank: weights that the checkpoint of the stage before lacks, for a roll-back to it
         self._fresh: dict[str, Tensor] = {}
         with all_or_none():
             self._mirror = Mirror(config.mirror, config.keep, origin) if config.mirror and world.is_main else None
-            self._snapshot = Snapshot(share(shard().fragments, world.rank, world.size), world.device)
+
+    def attach(self, shard: Callable[[], Shard]) -> "Checkpointer":
+        """Save and load this from now on: what this rank holds, as views of the live state, always of one layout.
+
+        Raises:
+            RuntimeError, MemoryError: the host has no room for a copy of the shard.
+        """
+        self._settle()
+        self._shard, self._fresh = shard, {}
+        with all_or_none():
+            self._snapshot = Snapshot(share(shard().fragments, self._world.rank, self._world.size), self._world.device)
+        return self
+
+    def detach(self) -> None:
+        """Let go of the state, when the last save of it is done. Every rank calls."""
+        self._settle()
+        del self._shard, self._snapshot
 
     @property
     def mirror_failures(self) -> int:
@@ -146,19 +165,23 @@ class Checkpointer:
             log.warning("%s is not in checkpoint.mirror=%s: copy it there", self._mirror.missing, self._config.mirror)
 
     def load_newest(self, *, ask_mirror: bool = True, border: Border | None = None) -> TrainState | None:
-        """Fill the shard from the newest whole checkpoint and return its state; None when the run has no checkpoint at all.
+        """Fill the shard from the newest whole checkpoint (see `find_newest` and `load`) and return its state; None when the
+        run has no checkpoint at all."""
+        found = self.find_newest(ask_mirror=ask_mirror)
+        if found is None:
+            return None
+        self.load(found, border)
+        return found.state
 
-        One of the `border`'s step was saved by the stage before: what fits is taken over, resized where `border.fit` can, what
-        it lacks stays as it was made (at a roll-back too), and what the model no longer has is dropped. Every other one must
-        have the same parameters.
+    def find_newest(self, *, ask_mirror: bool = True) -> Found | None:
+        """The newest whole checkpoint; None when the run has none at all.
 
         1. Files of a save or a fetch that was cut short are deleted.
         2. The newest checkpoint in the run's folder whose checksums hold; `latest` is for people, the folders decide.
         3. One from the mirror, where that has a newer one.
 
         Raises:
-            RunError: all checkpoints are damaged, the newest one is of another model, or the mirror cannot be read and there is
-                no checkpoint here.
+            RunError: all checkpoints are damaged, or the mirror cannot be read and there is no checkpoint here.
         """
         self._settle()
         with all_or_none():
@@ -176,6 +199,20 @@ class Checkpointer:
         if path is None:
             return None
         with all_or_none():
+            return Found(path, read_state(path))
+
+    def load(self, found: Found, border: Border | None = None) -> None:
+        """Fill the shard from a checkpoint.
+
+        One of the `border`'s step was saved by the stage before: what fits is taken over, resized where `border.fit` can, what
+        it lacks stays as it was made (at a roll-back too), and what the model no longer has is dropped. Every other one must
+        have the same parameters.
+
+        Raises:
+            RunError: it is of another model.
+        """
+        path, state = found
+        with all_or_none():
             names = loading.rank_files(path)[self._world.rank :: self._world.size]
             mine = {name: read_pieces(path / name) for name in names}
         pieces: dict[str, list[Piece]] = {name: held for part in gather_objects(mine) for name, held in part.items()}
@@ -186,13 +223,11 @@ class Checkpointer:
                 loading.fill(self._shard(), path, pieces)
             else:
                 changes = fill_across(self._shard(), path, pieces, crossed, self._fresh)
-            state = read_state(path)
         if crossed is not None:
             told = merge(gather_objects(changes)).told(piece.name for held in pieces.values() for piece in held)
             optimizer = "kept" if crossed.keeps_optimizer else "reset"
             log.info("a stage begins at step %d: optimizer state %s; %s", crossed.step, optimizer, told)
         log.info("going on from %s, saved by %d rank(s) with train.zero_stage=%d", path, state.world_size, state.zero_stage)
-        return state
 
     def _write(self, folder: Path, once: dict[str, bytes]) -> dict[str, str]:
         """Write this rank's file, and those that one rank writes; their SHA-256."""

@@ -22,7 +22,7 @@ class Run:
     def __init__(self, folder: Path, world: World, config: CheckpointConfig, origin: dict[str, Any]) -> None:
         self.folder = folder
         self.shard = blank(LAYOUTS["cut together"](make_whole(0), 0, 1))
-        self.checkpointer = Checkpointer(folder, world, lambda: self.shard, config, origin)
+        self.checkpointer = Checkpointer(folder, world, config, origin).attach(lambda: self.shard)
 
     def save(self, *steps: int) -> None:
         """Save these steps, and wait until they are published and mirrored."""

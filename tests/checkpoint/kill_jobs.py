@@ -120,7 +120,7 @@ def run(folder: Path, world: World, store: Path, mirror: str, notes: Notes, is_l
     dist.init_process_group("gloo", store=dist.FileStore(str(store), world.size), rank=world.rank, world_size=world.size)
     expected = LAYOUTS["cut together"](make_whole(0, SHAPES), world.rank, world.size)
     shard = blank(expected)
-    checkpointer = Checkpointer(folder, world, lambda: shard, CheckpointConfig(keep=2, mirror=mirror), {})
+    checkpointer = Checkpointer(folder, world, CheckpointConfig(keep=2, mirror=mirror), {}).attach(lambda: shard)
     state = checkpointer.load_newest() or TrainState()
     if state.step:
         write_step(expected, state.step)

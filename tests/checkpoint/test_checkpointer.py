@@ -271,7 +271,7 @@ def test_memory_is_bounded(world, tmp_path):
     num_elements = 40_000_000
     whole = torch.ones(num_elements)
     shard = Shard([Fragment("large", (num_elements,), 0, {"weight": whole}, replicated=False)], {})
-    checkpointer = Checkpointer(tmp_path, world, lambda: shard, CheckpointConfig(), {})
+    checkpointer = Checkpointer(tmp_path, world, CheckpointConfig(), {}).attach(lambda: shard)
     checkpointer.save(TrainState(step=1))  # which waits until the buffer is touched
     assert added_bytes(checkpointer.finish) < 24 * MIB
     assert added_bytes(checkpointer.load_newest) < 24 * MIB
