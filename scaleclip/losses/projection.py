@@ -50,7 +50,10 @@ def _standardise(x_BH: Tensor, valid_B: Tensor, group: ProcessGroup | None) -> T
 
 
 class _Standardise(torch.autograd.Function):
-    """x less its mean, over its standard deviation, both over the valid rows of all ranks; zero where invalid."""
+    """x less its mean, over its standard deviation, both over the valid rows of all ranks; zero where invalid.
+
+    Gradients arrive as zero where invalid: `project` sees to it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_BH: Tensor, valid_B: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -72,7 +75,6 @@ class _Standardise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BH: Tensor) -> tuple[Tensor, None, None]:
         standard_BH, inverse_H, count, invalid_B1 = ctx.saved_tensors
-        grad_BH = grad_BH.masked_fill(invalid_B1, 0)
         # Every row moves the statistics of every rank's rows. Gradients here are W times the true ones, and so is their sum.
         sums_2H = torch.stack([grad_BH.sum(dim=0), (grad_BH * standard_BH).sum(dim=0)])
         mean_H, slope_H = _sum_over_ranks(sums_2H, ctx.group) / count

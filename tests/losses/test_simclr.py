@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaleclip.config import LossConfig
+from scaleclip.losses.options import kernel_options
 from scaleclip.losses.simclr import simclr
 from ssl_rank_jobs import CONFIGS, DIM, EVEN_SHARES, nt_xent, valid, views_of
 
@@ -59,6 +60,13 @@ def test_one_process_alone_needs_no_group(on_ranks):
     loss, gradient_2BE = nt_xent(None, CONFIGS[0])
     assert torch.equal(loss, rank.nt_xent[0][0])
     assert torch.equal(gradient_2BE, rank.nt_xent[0][1])
+
+
+def test_kernels_take_what_is_configured():
+    config = LossConfig(compute_dtype="bf16", fp32_precision="tf32x3", schedule="gather", backend="triton")
+    assert kernel_options(config, None) == {
+        "compute_dtype": torch.bfloat16, "fp32_precision": "tf32x3", "group": None, "schedule": "gather", "backend": "triton",
+    }  # fmt: skip
 
 
 def test_backend_and_precision_are_heeded():
