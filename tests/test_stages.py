@@ -273,6 +273,8 @@ def test_rules_that_stages_keep():
     validate(staged({"train": train}, {"train": train}, train={}), 1)
     with pytest.raises(ConfigError, match=r"stages\.0: train\.global_batch=8 gives 9 ranks"):
         validate(staged({}), world_size=9)
+    with pytest.raises(ConfigError, match=r"^train\.global_batch=8 gives 9 ranks"):
+        validate(staged(), world_size=9)
     decoders = [{"model": {"caption_decoder": decoder}} for decoder in ({}, {"teacher_forced": True}, None, {"queries": 3})]
     validate(staged(*decoders, data={"sources": {"a": {"shards": "a.tar"}}, "canonical_streams": 8, "caption": {}}), 1)
 
@@ -373,6 +375,7 @@ def test_a_plan_is_one_of_each_stage(two_stages, monkeypatch, tmp_path):
     assert towers[1] > 4 * towers[0]
     hours = [next(each["value"] for each in stage["figures"] if each["name"] == "devices") for stage in tree["stages"]]
     assert tree["device_hours"] == pytest.approx(sum(hours))
+    assert tree["days"] == pytest.approx(sum(hours) / 24 / 2)
     with pytest.raises(RunError, match="in stage 1, h100 does not hold a micro batch under ZeRO-1"):
         invoke(plan, two_stages, "--gpus", 1, "stages.1.train={micro_batch: 1048576, global_batch: 1048576, samples: 1048576}")
     with pytest.raises(ConfigError, match=r"stages\.0: train\.global_batch=8 gives 9 ranks"):
