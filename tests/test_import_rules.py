@@ -83,6 +83,7 @@ FENCES = {
     "triton": {"scaleclip_kernels"},
     "matplotlib": {"report", "planning/picture"},
     "transformers": {"models", "data"},
+    "timm": {"models/timm_towers"},
     "typer": {"cli", "data_cli", "cli_arguments", "equivalence_cli", "launch_cli", "plan_cli"},
 }
 

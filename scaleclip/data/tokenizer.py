@@ -162,9 +162,10 @@ def _load_folder(name: str, context_length: int) -> Tokenizer:
     end_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end_id is None or tokenizer.pad_token_id is None:
         raise ConfigError(f"model.text.tokenizer={name}: its config needs a pad_token and an eos_token (or sep_token)")
-    if tokenizer.backend_tokenizer.encode("a").ids[-1:] != [end_id]:
+    backend, pad_id = tokenizer.backend_tokenizer, tokenizer.pad_token_id
+    backend.no_padding()  # which sentence encoders' files have, and which would hide the end token
+    if backend.encode("a").ids[-1:] != [end_id]:
         raise ConfigError(
             f"model.text.tokenizer={name}: its texts do not end in token {end_id}; give tokenizer.json a post_processor"
         )
-    backend, pad_id = tokenizer.backend_tokenizer, tokenizer.pad_token_id
     return Tokenizer(name, backend, context_length, start_id, end_id, pad_id, clean_texts=False)

@@ -190,6 +190,16 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(["a cat"]), tokenizer(["a cat"]))
 
 
+def test_a_folder_that_pads_and_cuts_by_itself(tmp_path: Path) -> None:
+    """As those of sentence encoders do."""
+    name = save_folder(tmp_path, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    backend = Tokenizer.from_file(f"{name}/tokenizer.json")
+    backend.enable_padding(length=8)
+    backend.enable_truncation(max_length=3)
+    backend.save(f"{name}/tokenizer.json")
+    assert load_tokenizer(name, 6)(["a cat a"]).tolist() == [[1, 5, 4, 5, 2, 0]]
+
+
 def test_faults_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'clop' is neither a folder nor one of clip, demo"):
         load_tokenizer("clop", 77)

@@ -57,8 +57,8 @@ def test_recap_clip_has_clipas_towers(name: str, their_image: str, their_text: s
 
 
 def test_jina_clip_has_the_published_numbers_of_parameters(tmp_path: Path) -> None:
-    """223 M of which 137 M are JinaBERT v2's; none of them know how long a text is."""
-    config = load(tmp_path, "Jina-B/16", "model.text.context_length=512")
+    """223 M of which 137 M are JinaBERT v2's, with its vocabulary; none of them know how long a text is."""
+    config = load(tmp_path, "Jina-B/16", "model.text.context_length=512", "model.text.config.vocab_size=30528")
     model = build(config)
     assert round(count(model.text.body) / 1e6) == 137
     assert round((count(model.image.body) + count(model.text.body)) / 1e6) == 223
