@@ -120,7 +120,11 @@ def _validate_objective(config: RunConfig) -> None:
     if loss.kind == "sigmoid" and loss.weights != (0.5, 0.5):
         raise ConfigError(f"loss.weights={list(loss.weights)}: the sigmoid loss has one direction only; unset it")
     augment = data.augment
-    for key, bounds in (("crop_scale", augment.crop_scale), ("crop_ratio", augment.crop_ratio), ("blur_sigma", augment.blur_sigma)):
+    for key, bounds in (
+        ("crop_scale", augment.crop_scale),
+        ("crop_ratio", augment.crop_ratio),
+        ("blur_sigma", augment.blur_sigma),
+    ):
         if not 0 < bounds[0] <= bounds[1]:
             raise ConfigError(f"data.augment.{key}={list(bounds)}: both must be positive, the first not above the second")
     if augment.crop_scale[1] > 1:

@@ -41,14 +41,18 @@ MAY_IMPORT = {
     "fit": {"config", "config_rules", "distributed", "planning"},
     "evaluation": {"config", "data", "distributed", "models"},
     "equivalence": {
-        "config", "config_io", "data", "distributed", "engine", "local_ranks", "models", "optim", "scaleclip_kernels", "step",
+        "config", "config_io", "data", "distributed", "engine", "local_ranks", "losses", "models", "optim", "scaleclip_kernels",
+        "step",
     },
     "evaluate_run": {"checkpoint", "data", "evaluation", "models", "run_folder", "stages"},
     "report": {"evaluation", "metrics"},
     "train": {
-        "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "engine", "evaluation", "fit", "guard",
-        "losses", "metrics", "models", "planning", "run_folder", "runtime", "scaleclip_kernels", "schedule", "stages", "status",
-        "step",
+        "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "evaluation", "guard", "losses", "models",
+        "run_folder", "scaleclip_kernels", "stages", "status", "train_stage",
+    },
+    "train_stage": {
+        "checkpoint", "config", "data", "distributed", "engine", "evaluation", "fit", "guard", "metrics", "models", "planning",
+        "runtime", "schedule", "stages", "status", "step",
     },
     "cli": {
         "cli_arguments", "config", "config_io", "config_rules", "data_cli", "deepspeed_config", "equivalence_cli",
