@@ -129,7 +129,7 @@ def _validate_objective(config: RunConfig) -> None:
             raise ConfigError(f"data.augment.{key}={list(bounds)}: both must be positive, the first not above the second")
     if augment.crop_scale[1] > 1:
         raise ConfigError(f"data.augment.crop_scale={list(augment.crop_scale)}: a crop cannot cover more than the image (1.0)")
-    if not (0 <= min(augment.jitter) and max(augment.jitter[:3]) <= 1 and augment.jitter[3] <= 0.5):
+    if not (min(augment.jitter) >= 0 and max(augment.jitter[:3]) <= 1 and augment.jitter[3] <= 0.5):
         raise ConfigError(f"data.augment.jitter={list(augment.jitter)}: three shares from 0 to 1, then hue from 0 to 0.5")
     if not any(loss.weights):
         raise ConfigError(f"loss.weights={list(loss.weights)}: at least one direction must count")
