@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 from transformers import PreTrainedModel
 
 from scaleclip.errors import ConfigError
@@ -23,6 +22,8 @@ def timm_values(key: str, values: Mapping[str, Any], size: int) -> dict[str, Any
     Raises:
         ConfigError: an architecture that timm does not have, or arguments by which nothing is pooled.
     """
+    import timm  # takes a second, and other towers need none of it
+
     architecture, arguments = values.get("architecture"), values.get("model_args") or {}
     # timm would fetch what starts with hf-hub:
     if not isinstance(architecture, str) or not timm.is_model(architecture):
@@ -44,5 +45,7 @@ def timm_values(key: str, values: Mapping[str, Any], size: int) -> dict[str, Any
 
 def initialise_timm_tower(body: PreTrainedModel) -> None:
     """Draw a TimmWrapperModel's weights anew, in place, as timm does: the wrapper draws every matrix from one distribution."""
+    import timm
+
     values = body.config
     body.timm_model = timm.create_model(values.architecture, pretrained=False, num_classes=0, **values.model_args)
