@@ -27,7 +27,8 @@ def resize_positions(name: str, table: Tensor, shape: Sequence[int]) -> Tensor |
 
     Args:
         name: the parameter's name in a DualEncoder, such as `image.body.vision_model.embeddings.position_embedding.weight`.
-        table: the whole old parameter, any floating dtype.
+        table: the whole old parameter, or a moment of it; any floating dtype. Bicubic interpolation may overshoot: a second
+            moment has to be clamped at 0.
         shape: of the new parameter.
 
     Returns:
@@ -97,9 +98,8 @@ def _resize_line(old_ND: Tensor, num_positions: int) -> Tensor:
         return old_ND[:num_positions].clone()
     if is_fixed(old_ND, _sincos(torch.arange(number), width)):
         return _sincos(torch.arange(num_positions), width).to(old_ND.device)
-    # RoBERTa's positions start behind the padding's, whose row is zero
-    zero_rows = (old_ND == 0).all(1).nonzero()
-    first = int(zero_rows[-1]) + 1 if len(zero_rows) else 0
+    # RoBERTa's positions start behind its padding's, 1, whose row is zero
+    first = 2 if number > 2 and not old_ND[1].any() else 0
     old_1DN = old_ND[first:].float().T.unsqueeze(0)
     new_1DN = F.interpolate(old_1DN, size=num_positions - first, mode="linear", align_corners=True)
     return torch.cat([old_ND[:first].float(), new_1DN[0].T])

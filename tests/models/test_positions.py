@@ -123,6 +123,14 @@ def test_robertas_rows_before_its_first_position_stay() -> None:
     torch.testing.assert_close(longer[2::2], table[2:])
 
 
+@pytest.mark.parametrize("num_used", [0, 1, 6])
+def test_moments_of_positions_that_no_text_reached(num_used: int) -> None:
+    moment = torch.cat([torch.rand(num_used, 6) + 1, torch.zeros(10 - num_used, 6)])
+    longer = resize_positions(TEXT, moment, (19, 6))
+    torch.testing.assert_close(longer[: 2 * num_used : 2], moment[:num_used])
+    assert not longer[2 * num_used :].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_and_leading_dimension_are_kept(dtype: torch.dtype) -> None:
     table = torch.randn(1, 17, 8, dtype=dtype)
