@@ -261,7 +261,7 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
                     save_is_due = False
                     with watchdog.paused():
                         checkpointer.save(state)
-                if signals and not last:
+                if signals and state.step < run.total_steps:
                     with watchdog.paused():
                         checkpointer.finish()
                     raise Stopped(signals, state.step)

@@ -25,6 +25,7 @@ from scaleclip.fit import choose_micro_batch
 from scaleclip.guard import BadSteps
 from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.models.towers import Encoded
 from scaleclip.planning.memory import step_memory
 from scaleclip.step import TrainStep
 from scaleclip.train import train
@@ -147,8 +148,8 @@ def run_steps(config_path: str, overrides: list[str], num_steps: int, lr: float,
     config = load_config(config_path, overrides)
     world = distributed.init()
 
-    def spoil(module: torch.nn.Module, args: Any, pooled_BD: torch.Tensor) -> torch.Tensor:
-        return pooled_BD * torch.nan if world.rank == world.size - 1 else pooled_BD
+    def spoil(module: torch.nn.Module, args: Any, encoded: Encoded) -> Encoded:
+        return encoded._replace(pooled_BD=encoded.pooled_BD * torch.nan) if world.rank == world.size - 1 else encoded
 
     engine = Engine(config, world)
     micro_batch = choose_micro_batch(config, world)

@@ -15,7 +15,8 @@ from scaleclip.report import plot_run, results_table
 
 def make_row(step: int) -> Row:
     return Row(
-        step=step, samples=step * 8, epoch=step / 4, loss=5 / step, lr=1e-3, logit_scale=14.3, grad_norm=1.0, pairs_per_s=100.0,
+        step=step, samples=step * 8, stage=0, epoch=step / 4, loss=5 / step, terms={"contrastive": 5 / step}, lr=1e-3,
+        logit_scale=14.3, grad_norm=1.0, pairs_per_s=100.0,
         tflops=0.1, mfu=None, data_wait=0.01, loader={}, mix={}, cache={}, lost_workers=0, memory_gib=1.0,
         reduced_mib=1.0, gathered_mib=0.0, num_chunks=1, loss_scale=1.0, bad_steps=0, mirror_failures=0, invalid={},
         world_size=1, train_s=1.0,

@@ -254,7 +254,8 @@ def test_a_list_of_stages_takes_the_place_of_the_parents(tmp_path, recap):
      "stages.2.model.projector.dim=16: the stage before trains it with 8, and its weights go on as they are: give both the "
      "same, or set model.projector=null in one of them"),
     ([{"model": {"projector": {"hidden": 8}}}, {"model": {"projector": {}}}], "stages.1.model.projector.hidden=4096"),
-    ([{"model": {"caption_decoder": {"queries": 8}}}, {"model": {"caption_decoder": {}}}],
+    ([{"model": {"caption_decoder": {"queries": 8}}, "data": {"caption": {}}},
+      {"model": {"caption_decoder": {}}, "data": {"caption": {}}}],
      "stages.1.model.caption_decoder.queries=128"),
     ([{"model": {"init_logit_bias": -10}, "loss": {"kind": "sigmoid"}},
       {"model": {"init_logit_bias": -5}, "loss": {"kind": "sigmoid"}}], "stages.1.model.init_logit_bias=-5.0"),
@@ -275,8 +276,11 @@ def test_rules_that_stages_keep():
         validate(staged({}), world_size=9)
     with pytest.raises(ConfigError, match=r"^train\.global_batch=8 gives 9 ranks"):
         validate(staged(), world_size=9)
-    decoders = [{"model": {"caption_decoder": decoder}} for decoder in ({}, {"teacher_forced": True}, None, {"queries": 3})]
-    validate(staged(*decoders, data={"sources": {"a": {"shards": "a.tar"}}, "canonical_streams": 8, "caption": {}}), 1)
+    decoders = [
+        {"model": {"caption_decoder": decoder}, "data": {"caption": None if decoder is None else {}}}
+        for decoder in ({}, {"teacher_forced": True}, None, {"queries": 3})
+    ]
+    validate(staged(*decoders, data={"sources": {"a": {"shards": "a.tar"}}, "canonical_streams": 8}), 1)
 
 
 def test_the_printed_configuration_reads_back_equal(tmp_path, recap):

@@ -94,8 +94,11 @@ def count_flops(model: ModelConfig, data: DataConfig) -> Flops:
 def _count_memory(model_json: str, tokens: int, views: int, pair_texts: int, precision: str) -> Counts:
     config = ModelConfig.model_validate_json(model_json)
     with _fake_model(config) as model:
-        sizes = (_inputs(config, size, tokens, views, pair_texts) for size in (_SMALL, _LARGE))
-        small, large = (_track(model, inputs, precision) for inputs in sizes)
+        inputs = [_inputs(config, size, tokens, views, pair_texts) for size in (_SMALL, _LARGE)]
+        if config.caption_decoder:
+            with torch.no_grad():
+                model(*inputs[0])  # makes the mask that later ones use again
+        small, large = (_track(model, each, precision) for each in inputs)
         learning = tuple(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
     pair_bytes = (large.held_bytes - small.held_bytes) // (_LARGE - _SMALL)

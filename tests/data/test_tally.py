@@ -10,7 +10,7 @@ from scaleclip.data.loader import Batch
 from scaleclip.data.sample import Fault
 from scaleclip.data.tally import Quarantine, Tally, merge, read_quarantine
 from scaleclip.errors import RunError
-from scaleclip.train import _check_data
+from scaleclip.train_stage import _check_data
 
 
 def make_batch(**changes):
