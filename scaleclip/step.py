@@ -108,7 +108,7 @@ class TrainStep:
                 # one by one: the loader prepares the next while this one is encoded
                 held.append(next(batches))
                 chunk = self._copies(held[-1])
-                cached.append(self._encode(chunk.inputs._replace(captions_BS=None), step, first_pair))
+                cached.append(self._encode(_with_one_caption(chunk.inputs), step, first_pair))
                 labels.append(chunk.labels)
                 lengths += _present(chunk.inputs.caption_lengths_B)
         features = _leaves(cached)
@@ -163,6 +163,14 @@ class _Captions:
 
 def _present(tensor: Tensor | None) -> list[Tensor]:
     return [] if tensor is None else [tensor]
+
+
+def _with_one_caption(inputs: Inputs) -> Inputs:
+    """For a pass that has no use for captions: stage 3 wants to meet the same modules in every pass, in the order that it has
+    learned, and else would fetch each parameter when it is asked for."""
+    if inputs.captions_BS is None or inputs.caption_lengths_B is None:
+        return inputs
+    return inputs._replace(captions_BS=inputs.captions_BS[:1], caption_lengths_B=inputs.caption_lengths_B[:1])
 
 
 def _sum_over_ranks(value: Tensor, world: World) -> None:

@@ -20,6 +20,7 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config
 from scaleclip.data.loader import Batch
 from scaleclip.engine import Engine, deepspeed
+from scaleclip.equivalence.batches import global_batch, share_chunks
 from scaleclip.errors import Stopped
 from scaleclip.fit import choose_micro_batch
 from scaleclip.guard import BadSteps
@@ -212,9 +213,11 @@ def count_host_reads(config_path: str, cases: list[list[str]]) -> list[dict[str,
         # stage 3 has streams that a CPU has not
         accelerator.resolves_data_dependency = lambda stage=config.train.zero_stage: stage == 3
         micro_batch = choose_micro_batch(config, world)
-        take_step, bad_steps = TrainStep(Engine(config, world), config, world, micro_batch), BadSteps(5)
+        engine = Engine(config, world)
+        take_step, bad_steps = TrainStep(engine, config, world, micro_batch), BadSteps(5)
         for step in range(6):
-            chunks = make_chunks(config, step, world.rank, world.size, micro_batch)
+            batch = global_batch(config, engine.model, step)
+            chunks = iter(share_chunks(batch, world.rank, world.size, micro_batch))
             with reads:
                 result = take_step(chunks, step, 1e-3)
                 bad_steps.note(step, result.bad, ())

@@ -34,6 +34,11 @@ def test_the_logit_scale_stays_clamped(tiny_config_path):
 def test_a_step_reads_nothing_from_the_device(tiny_config_path):
     ways = ([], ["train.micro_batch=3"], ["train.precision=fp16"])
     cases = [[*stage, *way] for stage, way in itertools.product(stages(0, 1, 2, 3), ways)]
+    terms = [
+        "model.projector={hidden: 16, dim: 8}", "model.caption_decoder={queries: 6, teacher_forced: true}", "data.caption={}",
+        "data.text_pairs={num_negatives: 2, sources: {any: {files: any.jsonl}}}", "data.views=[{}, {}]",
+    ]  # fmt: skip
+    cases += [[*stage, *way, *terms] for stage, way in itertools.product(stages(1, 3), ways[:2])]
     [counts] = run_ranks(count_host_reads, 1, tiny_config_path, cases)
     assert counts == [{}] * len(cases)
 

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     pairs_BT: tuple[Tensor, ...] = ()
     """int64, the texts of a second batch: queries, positives and then each of the negatives."""
     captions_BS: Tensor | None = None
-    """int64, what the caption decoder is to write, from the start token on; None: it is not asked."""
+    """int64, what the caption decoder is to write of the first samples, from the start token on; None: it is not asked."""
     caption_lengths_B: Tensor | None = None
     """int64, tokens of each caption that count, without the start token."""
 
@@ -134,13 +134,10 @@ class DualEncoder(nn.Module):
         features = self._project(self.text_projection, texts.pooled_BD).chunk(len(tokens_BT) + len(pairs_BT))
         caption_loss = None
         if self.caption_decoder is not None and captions_BS is not None:
-            size = len(pixels_BCHW)
+            size = len(captions_BS)
+            is_read_BT = self.text.is_read(tokens_BT[0][:size])
             caption_loss = self.caption_decoder(
-                images.states_BND[:size],
-                texts.states_BND[:size],
-                self.text.is_read(tokens_BT[0]),
-                captions_BS,
-                caption_lengths_B,
+                images.states_BND[:size], texts.states_BND[:size], is_read_BT, captions_BS, caption_lengths_B
             )
         return Features(
             image_BE=self._project(self.image_projection, image_BD),

@@ -19,16 +19,18 @@ from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_sources
+from scaleclip.data.text_pairs import open_text_pairs
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.errors import RunError
 
 TOKENIZER = load_tokenizer("demo", 32)
 
 
-def open_dataset(config_path, overrides=(), *, rank=0, world_size=1):
+def open_dataset(config_path, overrides=(), *, rank=0, world_size=1, micro_batch=None):
     config = load_config(config_path, overrides)
     cache = ShardCache(config.data.cache)
-    return config, TrainDataset(config, open_sources(config.data.sources, cache), cache, TOKENIZER, rank, world_size)
+    sources, pairs = open_sources(config.data.sources, cache), open_text_pairs(config, cache, TOKENIZER)
+    return config, TrainDataset(config, sources, cache, TOKENIZER, rank, world_size, micro_batch, pairs)
 
 
 def read(config, dataset, first, last):
@@ -189,6 +191,70 @@ def test_views_are_texts_of_their_own_and_their_mix_is_counted(tiny_config):
     assert counts["source/tiny"] == counts["text/1/name"] == 320
     assert 0.14 < counts["text/0/name"] / 320 < 0.27
     assert counts["text/0/name"] + counts["text/0/caption"] == 320
+
+
+def test_a_projector_gets_two_further_views_that_a_seed_decides(tiny_config):
+    plain = open_dataset(tiny_config)[1][3]
+    assert plain.augmented_BCHW == ()
+    batch, again = (open_dataset(tiny_config, ["model.projector={}"])[1][3] for _ in range(2))
+    first, second = batch.augmented_BCHW
+    assert first.shape == second.shape == (8, 3, 32, 32)
+    assert first.dtype == torch.uint8
+    assert all((first[slot] != second[slot]).any() for slot in range(8))
+    assert torch.equal(batch.pixels_BCHW, plain.pixels_BCHW), "what was drawn before stays"
+    for view, same in zip(batch.augmented_BCHW, again.augmented_BCHW, strict=True):
+        assert torch.equal(view, same)
+    other = open_dataset(tiny_config, ["model.projector={}", "run.seed=1"])[1]
+    assert not any(torch.equal(other[b].augmented_BCHW[0], first) for b in range(4))
+
+
+def test_a_caption_to_write_comes_with_its_length(tiny_config, shards):
+    write_tar(shards / "00000.tar", [make_sample(i, txt=b"! one thing after another" if i else None) for i in range(9)])
+    overrides = ["model.caption_decoder={queries: 5}", "data.caption={texts: [caption]}", "data.views=[{texts: [name]}]"]
+    overrides += ["data.sources.tiny.texts={caption: txt, name: json:captions.name}"]
+    _, dataset = open_dataset(tiny_config, overrides)
+    lengths = Counter()
+    for number in range(4):
+        batch = dataset[number]
+        assert batch.captions_BS.shape == (8, 6)
+        for slot, key in enumerate(batch.keys):
+            length = int(batch.caption_lengths_B[slot])
+            lengths[length] += 1
+            if not key:
+                assert not batch.valid_B[slot]
+                assert length == 0
+                continue
+            text = "! one thing after another" if int(key) < 9 else f"a picture of thing {int(key)}"
+            whole = TOKENIZER([text])[0]
+            wanted = whole[: int((whole == TOKENIZER.end_id).int().argmax()) + 1]
+            assert length == min(len(wanted) - 1, 5), "without the start token, with the end"
+            assert batch.captions_BS[slot, 0] == TOKENIZER.start_id
+            assert batch.captions_BS[slot, length] == TOKENIZER.end_id
+    assert lengths[0] == 1, "the sample without a caption"
+    assert open_dataset(tiny_config)[1][0].captions_BS is None
+
+
+def test_batches_of_texts_are_cut_like_those_of_images(tiny_config, tmp_path):
+    rows = [{"query": f"what {i}", "positive": f"that {i}", "negatives": [f"no {i}", f"not {i}"]} for i in range(20)]
+    rows[3]["query"] = " "
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"data.text_pairs.sources.rows={{files: {tmp_path}/rows.jsonl, negatives: negatives}}"
+    overrides = [source, "data.text_pairs.num_negatives=2", "data.views=[{max_tokens: 8}]"]
+    whole = open_dataset(tiny_config, overrides)[1]
+    ranks = [open_dataset(tiny_config, overrides, rank=rank, world_size=3, micro_batch=2)[1] for rank in range(3)]
+    faults = []
+    for number in range(6):
+        batch = whole[number]
+        assert len(batch.pairs_BT) == 4
+        assert {tokens.shape for tokens in (*batch.pairs_BT, *batch.tokens_BT)} == {(8, 32)}, "one width for the text tower"
+        chunks = [dataset[number * dataset.num_chunks + chunk] for dataset in ranks for chunk in range(dataset.num_chunks)]
+        for place, tokens_BT in enumerate(batch.pairs_BT):
+            assert torch.equal(torch.cat([chunk.pairs_BT[place] for chunk in chunks])[:8], tokens_BT)
+        pairs_valid_B = torch.cat([chunk.pairs_valid_B for chunk in chunks])
+        assert torch.equal(pairs_valid_B[:8], batch.pairs_valid_B)
+        assert not pairs_valid_B[8:].any()
+        faults += batch.faults
+    assert {(fault.source, fault.cause, fault.sample) for fault in faults} == {("rows", "empty_caption", 3)}
 
 
 def test_the_loader_says_where_its_time_goes(tiny_config):
