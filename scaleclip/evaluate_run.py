@@ -44,7 +44,7 @@ def evaluate_newest(run: Path, splits: Sequence[str]) -> tuple[int, list[Figure]
 
 def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
     """Steps and figures of every whole checkpoint that a run has kept, oldest first, also in RUN/evaluations/step_X.json; those
-    that are there already are left out.
+    that are there already are read from there.
 
     Raises:
         ConfigError: no run, no whole checkpoint, or no splits.
@@ -56,6 +56,8 @@ def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
     for path in paths:
         target = run / "evaluations" / f"{path.name}.json"
         if target.exists():
+            there = json.loads(target.read_text())
+            yield there["step"], [Figure(**row) for row in there["figures"]]
             continue
         step, figures = _evaluate(run, path, ())
         rows = [figure._asdict() for figure in figures]

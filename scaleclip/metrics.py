@@ -5,6 +5,7 @@ One row a log step; between log steps nothing is read from the device.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import resource
@@ -20,7 +21,7 @@ from scaleclip.config import MetricsConfig
 from scaleclip.errors import RunError
 from scaleclip.evaluation.results import Figure
 from scaleclip.files import write_atomic
-from scaleclip.run_folder import wandb_id
+from scaleclip.run_folder import PROGRESS, wandb_id
 
 # Dense bf16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets.
 _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "MI300X": 1307}
@@ -134,8 +135,10 @@ class Metrics:
             news += f"  invalid {invalid} ({max(row.invalid, key=lambda cause: row.invalid[cause])})"
         news += f"  bad steps {row.bad_steps}" if row.bad_steps else ""
         self._progress.update(self._task, news=news)
+        line = f"step {row.step}  {news}"
+        logging.getLogger(PROGRESS).info(line)
         if not self._console.is_terminal:
-            self._console.print(f"step {row.step}  {news}", highlight=False)
+            self._console.print(line, highlight=False)
 
     def write_figures(self, step: int, figures: Sequence[Figure]) -> None:
         """A row in evaluations.jsonl, and the figures beside the training curves in Weights & Biases."""

@@ -17,6 +17,7 @@ from scaleclip.data.sample import SampleError
 from scaleclip.data.source import Source
 from scaleclip.errors import ConfigError
 from scaleclip.planning.counting import count_memory
+from scaleclip.run_folder import check_same_run
 from scaleclip.stages import stages_of
 
 _PROBE_BYTES = 64 * 2**20
@@ -45,6 +46,10 @@ def check_node(config: RunConfig, ranks: int, local_ranks: int, grace_s: float) 
         local_ranks: of them on this node.
         grace_s: seconds that the run has to save when SLURM warns it.
     """
+    try:
+        check_same_run(config)
+    except ConfigError as error:
+        yield Fault("; ".join(line.strip() for line in str(error).splitlines()), of_node=False)
     yield from _check_devices(local_ranks)
     stages = [stage.config for stage in stages_of(config)]
     every = [count_memory(stage.model, stage.data, stage.train.precision) for stage in stages]
@@ -88,9 +93,10 @@ def _free_memory(number: int) -> tuple[int, int]:
 
 def _check_folder(config: RunConfig, checkpoint_bytes: int, share: float, grace_s: float) -> Iterator[Fault]:
     folder = Path(config.run.folder)
-    probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+    # a new run's folder is not made here: another node may be looking at the same time
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    probe = existing / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         content = os.urandom(_PROBE_BYTES)
         begin_s = time.monotonic()
         with probe.open("wb") as file:
@@ -98,7 +104,7 @@ def _check_folder(config: RunConfig, checkpoint_bytes: int, share: float, grace_
             file.flush()
             os.fsync(file.fileno())
         probe_s = time.monotonic() - begin_s
-        free_bytes = shutil.disk_usage(folder).free
+        free_bytes = shutil.disk_usage(existing).free
     except OSError as error:
         yield Fault(f"run.folder={folder} cannot be written: {error.strerror}", of_node=False)
         return

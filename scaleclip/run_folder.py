@@ -26,9 +26,13 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
+from scaleclip.status import slurm_job
 
+PROGRESS = "scaleclip.progress"
+"""Logger of a line a log step."""
 CODE_VERSION = "version.txt"
 """Beside a copy of the code: what git said of it."""
+_PROVENANCE = "provenance.json"
 _LOCK_WAIT_S = 10.0
 _PACKAGES = ("scaleclip", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "simplejpeg", "pillow")
 
@@ -47,16 +51,52 @@ def open_run(config: RunConfig, world_size: int, data_fingerprints: Sequence[str
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         held = lock(folder)
-        starts = _check_same_run(folder, config, data_fingerprints)
+        check_same_run(config)
+        starts = read_starts(folder)
+        if starts and any(then != now for then, now in zip(starts[-1]["data"], data_fingerprints, strict=False)):
+            raise ConfigError(
+                f"run.folder={folder} was trained on other shards: the names or sample counts of data.sources have changed "
+                f"since; restore them to go on, or name another run.folder"
+            )
         write_atomic(folder / "config.yaml", to_yaml(config))
         starts.append(_this_start(world_size, data_fingerprints, loss_gemm))
-        write_atomic(folder / "provenance.json", json.dumps({"starts": starts}, indent=2))
+        write_atomic(folder / _PROVENANCE, json.dumps({"starts": starts}, indent=2))
     except OSError as error:
         raise ConfigError(
             f"run.folder={config.run.folder}: cannot be written: {error.strerror}; free the disk, mend its rights or name "
             f"another folder"
         ) from None
     return held
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Whether a run may start in its folder: that is new, or holds the same run. Changes nothing, and does not look at data.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or checkpoints of who knows what.
+    """
+    folder = Path(config.run.folder)
+    if not (folder / "config.yaml").exists() or not (folder / _PROVENANCE).exists():
+        if any((folder / "checkpoints").glob("step_*")):
+            raise ConfigError(
+                f"run.folder={folder} has checkpoints, but no config.yaml and {_PROVENANCE} to say of what: "
+                f"restore them, or name another folder"
+            )
+        return
+    differing = differing_keys(read_config(folder), config)
+    if differing:
+        rows = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in differing)
+        raise ConfigError(
+            f"run.folder={folder} holds a run with another configuration:\n{rows}\n"
+            f"set these back to go on with that run, or name another run.folder for a new one"
+        )
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Where, when and with what each start of a run was made, oldest first; none for a new folder."""
+    path = folder / _PROVENANCE
+    starts: list[dict[str, Any]] = json.loads(path.read_text())["starts"] if path.exists() else []
+    return starts
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -76,8 +116,7 @@ def read_config(folder: Path) -> RunConfig:
 
 def wandb_id(folder: Path) -> str:
     """An id that is the same at every start of a run."""
-    starts = json.loads((folder / "provenance.json").read_text())["starts"]
-    return str(starts[0]["id"])
+    return str(read_starts(folder)[0]["id"])
 
 
 def lock(folder: Path) -> TextIO:
@@ -108,11 +147,11 @@ def lock(folder: Path) -> TextIO:
 
 def start_name() -> str:
     """Name of this start among the run's: SLURM's job, else the time."""
-    return os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+    return slurm_job() or time.strftime("%Y%m%d-%H%M%S")
 
 
 def log_to(folder: Path, rank: int, start: str) -> logging.Logger:
-    """The logger of this rank: news and warnings on rank 0's terminal, everything in log/<start>/<rank>.log."""
+    """The logger of this rank: news and warnings on rank 0's terminal; they and its progress in log/<start>/<rank>.log."""
     path = folder / "log" / start / f"{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path)
@@ -123,32 +162,10 @@ def log_to(folder: Path, rank: int, start: str) -> logging.Logger:
         log.handlers = [file, *terminal]
         log.setLevel(logging.INFO)
         log.propagate = False
+    # the terminal has a bar for it
+    progress = logging.getLogger(PROGRESS)
+    progress.handlers, progress.propagate = [file], False
     return logging.getLogger("scaleclip")
-
-
-def _check_same_run(folder: Path, config: RunConfig, data_fingerprints: Sequence[str]) -> list[dict[str, Any]]:
-    """The starts so far; none for a new folder."""
-    if not (folder / "config.yaml").exists() or not (folder / "provenance.json").exists():
-        if any((folder / "checkpoints").glob("step_*")):
-            raise ConfigError(
-                f"run.folder={folder} has checkpoints, but no config.yaml and provenance.json to say of what: "
-                f"restore them, or name another folder"
-            )
-        return []
-    differing = differing_keys(read_config(folder), config)
-    if differing:
-        rows = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in differing)
-        raise ConfigError(
-            f"run.folder={folder} holds a run with another configuration:\n{rows}\n"
-            f"set these back to go on with that run, or name another run.folder for a new one"
-        )
-    starts: list[dict[str, Any]] = json.loads((folder / "provenance.json").read_text())["starts"]
-    if any(then != now for then, now in zip(starts[-1]["data"], data_fingerprints, strict=False)):
-        raise ConfigError(
-            f"run.folder={folder} was trained on other shards: the names or sample counts of data.sources have changed since; "
-            f"restore them to go on, or name another run.folder"
-        )
-    return starts
 
 
 def code_version() -> str | None:
@@ -170,7 +187,7 @@ def _this_start(world_size: int, data_fingerprints: Sequence[str], loss_gemm: st
         "command": sys.argv,
         "world_size": world_size,
         "host": socket.gethostname(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": slurm_job(),
         "git": code_version(),
         "package": str(Path(__file__).parent),
         "python": platform.python_version(),

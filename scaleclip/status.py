@@ -17,10 +17,21 @@ from scaleclip.files import write_atomic
 
 State = Literal["running", "stopped", "finished", "failed"]
 LAUNCHES = "launches.jsonl"
-"""In a run's folder: a row a job that was submitted for it."""
+"""In a run's folder: a Launch a row."""
 _FILE = "status.json"
 _DONE = "all steps are done"
 log = logging.getLogger("scaleclip")
+
+
+class Launch(NamedTuple):
+    """A job that `scaleclip launch` submitted for a run."""
+
+    time: str
+    job: str
+    """SLURM's id, of an array's member ARRAY_MEMBER."""
+    kind: Literal["train", "evaluate"]
+    log: str
+    """File of the job's own output: what is said before its ranks have logs."""
 
 
 class Status(NamedTuple):
@@ -68,6 +79,27 @@ def read_status(folder: Path) -> Status | None:
         return None
 
 
+def note_launch(folder: Path, launch: Launch) -> None:
+    """Add a job to those that were submitted for the run in a folder."""
+    with (folder / LAUNCHES).open("a") as file:
+        file.write(json.dumps(launch._asdict()) + "\n")
+
+
+def read_launches(folder: Path) -> list[Launch]:
+    """The jobs that were submitted for the run in a folder, oldest first; rows of another version are left out."""
+    path, found = folder / LAUNCHES, []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(TypeError, ValueError):
+            found.append(Launch(**json.loads(line)))
+    return found
+
+
+def slurm_job() -> str | None:
+    """SLURM's id of the job that this process belongs to, of an array's member ARRAY_MEMBER."""
+    array, member = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{member}" if array and member else os.environ.get("SLURM_JOB_ID")
+
+
 def mark_finished(folder: Path) -> None:
     """The run in a folder was finished by a start that could no longer say so."""
     status = read_status(folder)
@@ -89,7 +121,7 @@ class StatusFile:
     """
 
     def __init__(self, folder: Path, world_size: int, steps: int, most_idle: int) -> None:
-        before, job, step = read_status(folder), _job(), _newest_step(folder)
+        before, job, step = read_status(folder), slurm_job(), _newest_step(folder)
         is_again = before is not None and job is not None and before.job == job and before.resumed_step == step
         idle_starts = before.idle_starts + 1 if before is not None and is_again else 0
         self._path, self._begin_s = folder / _FILE, psutil.Process().create_time()
@@ -160,8 +192,3 @@ class StatusFile:
 def _newest_step(folder: Path) -> int:
     """Of the newest checkpoint, by its name; 0 where there is none."""
     return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)
-
-
-def _job() -> str | None:
-    array, member = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{member}" if array and member else os.environ.get("SLURM_JOB_ID")

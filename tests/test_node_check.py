@@ -6,6 +6,7 @@ import torch
 from scaleclip import node_check
 from scaleclip.config_io import load_config
 from scaleclip.node_check import check_node
+from scaleclip.run_folder import open_run
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def faults(config, ranks=2, local_ranks=2, grace_s=60.0):
 
 def test_a_node_in_order_has_no_faults(config, tmp_path):
     assert faults(config) == []
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".probe*"))
 
 
 def test_data_that_cannot_be_read_is_named(config, shards):
@@ -33,7 +35,14 @@ def test_data_that_cannot_be_read_is_named(config, shards):
 def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "run").write_text("a file")
     [fault] = faults(config)
-    assert fault.message == f"run.folder={tmp_path}/run cannot be written: File exists"
+    assert fault.message == f"run.folder={tmp_path}/run cannot be written: Not a directory"
+
+
+def test_a_folder_of_another_run_is_named_in_one_line(config, tiny_config, tmp_path):
+    open_run(load_config(tiny_config, ["optim.lr=0.5"]), 1, ["digest"], "default").close()
+    [fault] = faults(config)
+    assert fault.message.startswith(f"run.folder={tmp_path}/run holds a run with another configuration:; optim.lr: 0.5 there")
+    assert "\n" not in fault.message
 
 
 def test_a_disk_that_is_too_small_is_said_with_what_is_needed(config, monkeypatch):
