@@ -36,7 +36,7 @@ class Cluster(Section):
     memory_gb: float | None = Field(default=None, gt=0)
     """Of a node."""
     hours: float = Field(default=24.0, gt=0)
-    """Time limit, after which the job saves and starts again."""
+    """Time limit, at which the job saves and goes back into the queue under its id."""
     grace_s: int = Field(default=120, ge=10)
     """Seconds between SLURM's warning and the end."""
     setup: StringList = ()
@@ -51,7 +51,7 @@ class Cluster(Section):
 
 
 def load_cluster(name: str | None, options: dict[str, Any]) -> Cluster:
-    """The cluster's defaults with `options`, those that are None left out, over them.
+    """The cluster's defaults with `options`, those that are None left out, over them. GPUs bring their number of ranks.
 
     Args:
         name: of a file in slurm/clusters, or a path of one; none for no defaults.
@@ -73,7 +73,13 @@ def load_cluster(name: str | None, options: dict[str, Any]) -> Cluster:
             raise ConfigError(f"--cluster={name}: {path} is not YAML: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"--cluster={name}: {path} holds a {type(tree).__name__}, not keys with values")
+        try:
+            parse_section(Cluster, tree)
+        except ConfigError as error:
+            raise ConfigError(f"--cluster={name}: {path}: {error}") from None
+    if options.get("gpus") is not None:
+        tree.pop("ranks", None)
     cluster = parse_section(Cluster, tree | {key: value for key, value in options.items() if value is not None})
     if cluster.min_nodes and cluster.min_nodes > cluster.nodes:
-        raise ConfigError(f"min_nodes={cluster.min_nodes} is above nodes={cluster.nodes}")
+        raise ConfigError(f"min_nodes={cluster.min_nodes} is above nodes={cluster.nodes}: lower it, or ask for more nodes")
     return cluster

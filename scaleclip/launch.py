@@ -5,32 +5,33 @@ slurm/job.sh decides whether a job starts again, for these jobs as for the sbatc
 job, and so kill the other ranks, as soon as rank 0 hears of it.
 """
 
-import json
+import contextlib
+import io
 import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import submitit
 import yaml
-from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 import scaleclip_kernels
 from scaleclip.cluster import Cluster
 from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config, to_yaml
-from scaleclip.errors import ConfigError, RunError
+from scaleclip.errors import ConfigError
 from scaleclip.exit_codes import exiting_on_errors
 from scaleclip.run_folder import CODE_VERSION, code_version
-from scaleclip.status import LAUNCHES
+from scaleclip.status import Launch, note_launch
 
-_YEAR_MIN = 365 * 24 * 60
 _JOBS = "jobs"  # in a run's folder: submitit's
 _DEMO = "data/demo"
 
@@ -46,8 +47,6 @@ class TrainJob:
         """Returns when the run is finished; otherwise the process ends with the code that says why."""
         _forget_handlers()
         with exiting_on_errors():
-            if os.environ["SUBMITIT_EXECUTOR"] == "local":
-                submitit.helpers.TorchDistributedEnvironment().export()
             from scaleclip.train import train
 
             train(parse_config(yaml.safe_load(self.config)))
@@ -60,17 +59,25 @@ class EvaluateJob:
     folder: str
 
     def __call__(self) -> None:
-        """Figures go into the run's folder, see scaleclip.evaluate_run; those that are there are not made again."""
+        """Figures go into the run's folder, see scaleclip.evaluate_run."""
         _forget_handlers()
         with exiting_on_errors():
             from scaleclip.evaluate_run import evaluate_all
 
-            for step, _ in evaluate_all(Path(self.folder)):
-                print(f"step {step:,} of {self.folder} is evaluated", flush=True)
+            for step, figures in evaluate_all(Path(self.folder)):
+                for figure in figures:
+                    print(f"{self.folder} step {step:,} {figure.split} {figure.metric}: {figure.value:.1%}", flush=True)
 
 
-def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> list[str]:
-    """Submit a job for each run, several as one array; their ids. With `evaluate` a job follows each that finishes.
+class Submitted(NamedTuple):
+    """SLURM's ids of a run's jobs."""
+
+    train: str
+    evaluate: str | None
+
+
+def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> list[Submitted]:
+    """Submit a job for each run, several as one array. With `evaluate` a job follows each that finishes.
 
     Args:
         configs: of the runs.
@@ -81,116 +88,141 @@ def submit(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evalua
     Raises:
         ConfigError: a folder cannot be written, or SLURM refuses the job.
     """
+    folders = [Path(config.run.folder) for config in configs]
+    code = _code_folder(root)
+    executor = _executor(root, cluster, code)
     try:
-        for config in configs:
-            Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-        code = _copy_code(root)
-        for member, config in enumerate(configs):
-            (code / f"{member}.yaml").write_text(to_yaml(config))
-        jobs = _executor(root, cluster, code, "slurm", check=True).map_array(
-            _call, [TrainJob(to_yaml(config)) for config in configs]
-        )
-        for config, job in zip(configs, jobs, strict=True):
-            _note(config, str(job.job_id))
-        for config, job in zip(configs, jobs, strict=True):
-            if evaluate:
-                after = _executor(root, _one_rank(cluster), code, "slurm", dependency=f"afterok:{job.job_id}")
-                _note(config, str(after.submit(EvaluateJob(config.run.folder)).job_id))
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        _copy_code(code, configs)
+        with _quiet():
+            jobs = executor.map_array(_call, [TrainJob(to_yaml(config)) for config in configs])
+        for folder, job in zip(folders, jobs, strict=True):
+            _note(folder, job, "train")
     except (FailedJobError, FailedSubmissionError) as error:
+        _clear(root, code, folders)
         raise ConfigError(f"SLURM refuses the job: {error}") from error
     except OSError as error:
         raise ConfigError(f"run.folder={root}: {error}") from error
-    return [str(job.job_id) for job in jobs]
-
-
-def sbatch_file(root: Path, cluster: Cluster) -> str:
-    """What `submit` would give to sbatch for a single run; CODE stands for the copy's time."""
-    code = root.absolute() / "code" / "CODE"
-    executor = _executor(root, cluster, code, "slurm", check=True)
-    slurm: Any = executor._executor
-    return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
-
-
-def run_here(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> None:
-    """Run the jobs one after the other on this machine.
-
-    Raises:
-        RunError: one failed; its log is named.
-    """
-    code = _copy_code(root)
-    for config in configs:
-        Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-        jobs: list[Any] = [TrainJob(to_yaml(config))]
-        jobs += [EvaluateJob(config.run.folder)] if evaluate else []
-        for work in jobs:
-            size = cluster if isinstance(work, TrainJob) else _one_rank(cluster)
-            job = _executor(root, size, code, "local").submit(work)
+    submitted = []
+    for folder, job in zip(folders, jobs, strict=True):
+        after = None
+        if evaluate:
             try:
-                job.results()
-            except (FailedJobError, UncompletedJobError) as error:
-                raise RunError(f"the job on this machine failed: see {job.paths.stdout} and {job.paths.stderr}") from error
+                with _quiet():
+                    after = _executor(root, cluster, code, after=job.job_id).submit(EvaluateJob(str(folder)))
+            except (FailedJobError, FailedSubmissionError) as error:
+                raise ConfigError(f"job {job.job_id} trains {folder}, but SLURM refuses its evaluation: {error}") from error
+            _note(folder, after, "evaluate")
+        submitted.append(Submitted(str(job.job_id), str(after.job_id) if after else None))
+    return submitted
+
+
+def sbatch_files(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> Iterator[tuple[str, str]]:
+    """What each job would be, and its file for sbatch; TIME stands for the copy's, JOB for the id of the job that trains."""
+    code = root.absolute() / "code" / "TIME"
+    runs = [config.run.folder for config in configs]
+    array = len(runs) > 1
+    members = "; ".join(f"member {number} trains {run}" for number, run in enumerate(runs))
+    yield members if array else f"trains {runs[0]}", _file(_executor(root, cluster, code), len(runs) if array else None)
+    if evaluate:
+        jobs = "JOB_MEMBER" if array else "JOB"
+        which = "for each member, evaluates its run" if array else f"evaluates {runs[0]}"
+        yield f"{which} when that is finished", _file(_executor(root, cluster, code, after=jobs), None)
+
+
+def run_here(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, evaluate: bool) -> int:
+    """Run the jobs one after the other on this machine, up to the first that fails; its exit code, or 0.
+
+    A signal for this process is one for the job.
+    """
+    code = _code_folder(root)
+    _copy_code(code, configs)
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for member, config in enumerate(configs):
+        commands = [["train", str(code / f"{member}.yaml"), f"--ranks={cluster.ranks_per_node}"]]
+        commands += [["eval", config.run.folder, "--all"]] if evaluate else []
+        for command in commands:
+            # in a group of its own: the terminal's Ctrl-C, which it would get too, comes from here
+            job = subprocess.Popen([sys.executable, "-m", "scaleclip", *command], env=environment, process_group=0)
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                signal.signal(number, _forward(job))
+            status = job.wait()
+            if status:
+                return status if status > 0 else 128 - status
+    return 0
+
+
+def _forward(job: "subprocess.Popen[bytes]") -> Callable[[int, object], None]:
+    return lambda number, _: job.send_signal(number)
 
 
 def _call(work: TrainJob) -> None:
     work()
 
 
-def _one_rank(cluster: Cluster) -> Cluster:
-    return cluster.model_copy(update={"nodes": 1, "min_nodes": None, "ranks": 1, "gpus": min(cluster.gpus, 1)})
-
-
-def _executor(
-    root: Path, cluster: Cluster, code: Path, kind: str, dependency: str | None = None, check: bool = False
-) -> submitit.AutoExecutor:
+def _executor(root: Path, cluster: Cluster, code: Path, after: str | None = None) -> submitit.AutoExecutor:
+    """Submits training, or where `after` is the id of the job that trains, what evaluates."""
     try:
-        executor = submitit.AutoExecutor(root.absolute() / _JOBS / "%j", cluster=kind)
+        executor = submitit.AutoExecutor(root.absolute() / _JOBS / "%j", cluster="slurm")
     except RuntimeError as error:
         raise ConfigError(f"this machine has no SLURM ({error}): submit where srun is, or run here with --local") from error
-    executor.update_parameters(
-        name=f"scaleclip-{root.name}",
-        tasks_per_node=cluster.ranks_per_node,
-        gpus_per_node=cluster.gpus,
-        timeout_min=max(1, round(60 * cluster.hours)),
-    )
-    setup = [
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",  # or the folder where the job was submitted would come before the copy
-        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
-    ]
-    if kind == "local":  # which knows one node; its time limit would only be a nuisance
-        executor.update_parameters(nodes=1, timeout_min=_YEAR_MIN, local_setup=setup)
-        return executor
-    source = f"source {shlex.quote(str(code / 'scaleclip' / 'slurm' / 'job.sh'))}"
+    if after is not None:
+        cluster = cluster.model_copy(update={"nodes": 1, "min_nodes": None, "ranks": 1, "gpus": min(cluster.gpus, 1)})
+    ranks, cpus = cluster.ranks_per_node, cluster.cpus
+    size: dict[str, Any] = {"nodes": cluster.nodes, "tasks_per_node": ranks, "cpus_per_task": cpus}
+    more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    if cluster.min_nodes:
+        # With tasks in it, SLURM would give no more nodes than the fewest nodes have tasks: srun alone hears of them.
+        size = {"cpus_per_task": ranks * cpus}
+        more["nodes"] = f"{cluster.min_nodes}-{cluster.nodes}"
     checks = []
-    if check:
+    if after is None:
         checks = [
             f"SCALECLIP_GRACE_S={cluster.grace_s} SCALECLIP_SRUN={shlex.quote(' '.join(cluster.srun))}",
             f"python={shlex.quote(sys.executable)}",
             f"check_nodes {shlex.quote(str(code))}/${{SLURM_ARRAY_TASK_ID:-0}}.yaml",
         ]
-    nodes = {"nodes": f"{cluster.min_nodes}-{cluster.nodes}"} if cluster.min_nodes else {}
-    memory = {} if cluster.memory_gb is None else {"mem_gb": cluster.memory_gb}
     wanted = {
+        "mem_gb": cluster.memory_gb,
         "slurm_partition": cluster.partition,
         "slurm_account": cluster.account,
         "slurm_qos": cluster.qos,
         "slurm_constraint": cluster.constraint,
         "slurm_exclude": cluster.exclude,
-        "slurm_dependency": dependency,
+        "slurm_dependency": f"afterok:{after}" if after else None,
     }
     executor.update_parameters(
-        nodes=cluster.nodes,
-        cpus_per_task=cluster.cpus,
+        name=f"scaleclip-{root.name}" + ("-evaluate" if after else ""),
+        gpus_per_node=cluster.gpus,
+        timeout_min=max(1, round(60 * cluster.hours)),
         stderr_to_stdout=True,
         slurm_signal_delay_s=cluster.grace_s,
-        slurm_additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **nodes},
-        slurm_setup=[*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup, source, *checks, "note_ends"],
+        slurm_additional_parameters=more,
+        slurm_setup=[
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export PYTHONSAFEPATH=1",  # or the folder where the job was submitted would come before the copy
+            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
+            f"export SLURM_NTASKS_PER_NODE={ranks} SRUN_CPUS_PER_TASK={cpus}",
+            *cluster.setup,
+            f"source {shlex.quote(str(code / 'scaleclip' / 'slurm' / 'job.sh'))}",
+            *checks,
+            "note_ends",
+        ],
         slurm_srun_args=["--kill-on-bad-exit=1", *cluster.srun],
         slurm_teardown=['end_job "$?"'],
-        **memory,
+        **size,
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
+
+
+def _file(executor: submitit.AutoExecutor, members: int | None) -> str:
+    """What a job is for sbatch, or an array of so many."""
+    slurm: Any = executor._executor
+    slurm.parameters["map_count"] = members
+    return str(slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run"))
 
 
 def _forget_handlers() -> None:
@@ -199,18 +231,38 @@ def _forget_handlers() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _copy_code(folder: Path) -> Path:
-    """A copy of both packages in a folder."""
-    code = folder.absolute() / "code" / time.strftime("%Y%m%d-%H%M%S")
+def _code_folder(root: Path) -> Path:
+    return root.absolute() / "code" / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _copy_code(code: Path, configs: Sequence[RunConfig]) -> None:
+    """Fill a folder with a copy of both packages, and each run's configuration."""
     for source in (Path(__file__).parent, Path(scaleclip_kernels.__path__[0])):
         shutil.copytree(source, code / source.name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     # 42 MB that nobody edits
     (code / "scaleclip" / _DEMO).symlink_to((Path(__file__).parent / _DEMO).resolve())
     (code / CODE_VERSION).write_text(code_version() or "")
-    return code
+    for member, config in enumerate(configs):
+        (code / f"{member}.yaml").write_text(to_yaml(config))
 
 
-def _note(config: RunConfig, job: str) -> None:
-    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job}
-    with (Path(config.run.folder) / LAUNCHES).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _quiet() -> contextlib.redirect_stderr[io.StringIO]:
+    """submitit prints what sbatch says, and raises it."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def _clear(root: Path, code: Path, folders: Sequence[Path]) -> None:
+    """Take away what a refused submission has left, and folders that are empty then."""
+    shutil.rmtree(code)
+    jobs = root / _JOBS
+    for left in jobs.glob("*"):
+        if left.is_file() and not left.is_symlink():
+            left.unlink()
+    for folder in (code.parent, jobs, *folders, root):
+        with contextlib.suppress(OSError):  # it holds other things
+            folder.rmdir()
+
+
+def _note(folder: Path, job: submitit.Job[Any], kind: Literal["train", "evaluate"]) -> None:
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    note_launch(folder, Launch(now, str(job.job_id), kind, str(job.paths.stdout)))

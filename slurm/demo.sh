@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=scaleclip-demo
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=1
 #SBATCH --time=00:30:00
 #SBATCH --requeue
@@ -13,6 +12,7 @@
 #
 #   sbatch slurm/demo.sh                                    two nodes, run folder runs/demo
 #   sbatch --nodes 4 slurm/demo.sh optim.lr=1e-3 ...        sbatch's own options first, overrides of the config last
+#   sbatch --nodes=1-4 slurm/demo.sh ...                    as many nodes as there are
 #   bash slurm/demo.sh optim.lr=1e-3 ...                    the same on a machine without SLURM
 #
 # Relative paths are below the repository: SCALECLIP_HOME, or where the submitted script lies. slurm/README.md says what

@@ -92,6 +92,14 @@ def test_signalled_job_saves_requeues_itself_and_ends_with_the_same_figures(
     assert results[0] == results[1]
 
 
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_job_of_one_node_or_more_gets_all_that_are_free(cluster, tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=1-2", DEMO, *overrides(tmp_path, 15), cwd=tmp_path)
+    assert cluster.final_state(job, TIMEOUT_S) == "COMPLETED", log_of(tmp_path, job)
+    check_finished(tmp_path / "run", 15, world_size=2)
+
+
 @pytest.fixture
 def env_without_slurm(tmp_path: Path) -> dict[str, str]:
     """The environment on a machine that has never seen SLURM: no variable of it and none of its commands."""

@@ -97,6 +97,15 @@ def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_job_of_one_node_or_more_gets_all_that_are_free(cluster: Cluster, tmp_path: Path, ranks: int) -> None:
+    options = ("--nodes=3", "--min-nodes=1", f"--ranks={ranks}", "train.global_batch=96", "train.samples=960")
+    [job] = launch(cluster, tmp_path / "run", *options)
+    assert cluster.final_state(job, TIMEOUT_S) == "COMPLETED", logs(tmp_path / "run")
+    assert {row["world_size"] for row in rows(tmp_path / "run")} == {3 * ranks}
+
+
+@pytest.mark.slow
 def test_a_run_can_be_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     [job] = launch(cluster, folder)
