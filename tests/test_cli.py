@@ -42,11 +42,32 @@ def test_help_answers_in_half_a_cpu_second():
         ("plot",),
         ("config",),
         ("data",),
+        ("plan",),
         *(("data", name) for name in ("index", "subset", "convert", "sidecar")),
     ],
 )
 def test_every_command_has_help(command):
     assert "--help" in run(*command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("launch", ("--cluster", "--min-nodes", "--gpus", "--hours", "--sweep", "--evaluate", "--local", "--dry-run")),
+        ("jobs", ("FOLDER",)),
+        ("logs", ("RUN", "--rank", "--lines", "--follow")),
+        ("cancel", ("RUN",)),
+        ("check", ("CONFIG", "--ranks", "--grace")),
+    ],
+)
+def test_help_of_commands_for_jobs_names_their_options(command, options):
+    text = run(command, "--help")
+    assert [option for option in options if option not in text] == []
+
+
+def test_a_check_says_that_all_is_well_and_leaves_nothing(tiny_config, tmp_path):
+    assert f"is in order for {tmp_path}/run" in run("check", tiny_config)
+    assert not (tmp_path / "run").exists()
 
 
 def said(*arguments):

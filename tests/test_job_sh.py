@@ -111,5 +111,16 @@ def test_nodes_that_fail_again_and_again_end_the_job(run: Run) -> None:
     assert "again and again" in output
 
 
+def test_a_script_of_the_users_is_sourced_and_options_of_srun_are_passed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "activate").write_text("echo activated; export FROM_SCRIPT=1")
+    (tmp_path / "srun.txt").write_text("")
+    settings = {"SCALECLIP_ACTIVATE": str(tmp_path / "activate"), "SCALECLIP_PYTHON": "python", "SCALECLIP_CHECK": "0"}
+    line = f'home={tmp_path}; srun() {{ echo $FROM_SCRIPT "$@"; }}; run_job c.yaml optim.lr=1'
+    code, output, _ = run(line, SCALECLIP_SRUN="--mpi=none --label", **settings)
+    assert code == 0
+    options = "--kill-on-bad-exit=1 --mpi=none --label python -m scaleclip train c.yaml optim.lr=1"
+    assert output.splitlines() == ["activated", f"1 {options}"]
+
+
 def test_a_check_that_is_preempted_starts_again(run: Run) -> None:
     assert run("check_nodes c", code=140)[2] == ["requeue 7"]
