@@ -135,9 +135,15 @@ def run_here(configs: Sequence[RunConfig], root: Path, cluster: Cluster, *, eval
     """Run the jobs one after the other on this machine, up to the first that fails; its exit code, or 0.
 
     A signal for this process is one for the job.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
     code = _code_folder(root)
-    _copy_code(code, configs)
+    try:
+        _copy_code(code, configs)
+    except OSError as error:
+        raise ConfigError(f"run.folder={root}: {error}") from error
     environment = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
     for member, config in enumerate(configs):

@@ -158,7 +158,7 @@ def test_a_sweep_with_runs_that_are_one_is_refused(tiny_config_path, tmp_path, s
 
 @pytest.mark.parametrize("options", [("--dry-run",), ("--local",)])
 def test_a_folder_of_another_run_is_refused_before_anything_is_submitted(tiny_config, tmp_path, slurm, options):
-    open_run(load_config(tiny_config), 1, "digest", "default").close()
+    open_run(load_config(tiny_config), 1, ["digest"], "default").close()
     code, output = finish(start("launch", tiny_config, "optim.lr=0.5", *options))
     assert code == 2
     assert "holds a run with another configuration:\n  optim.lr: 0.001 there, 0.5 now" in output
@@ -319,7 +319,7 @@ def test_cancelling_knows_every_job_that_ran_a_run_or_was_launched_for_it_and_al
     queue, cancelled = slurm
     for job in ("5", "6"):
         monkeypatch.setenv("SLURM_JOB_ID", job)
-        open_run(load_config(tiny_config_path, [f"run.folder={tmp_path}/sweep/one"]), 1, "digest", "default").close()
+        open_run(load_config(tiny_config_path, [f"run.folder={tmp_path}/sweep/one"]), 1, ["digest"], "default").close()
     begin(tmp_path / "sweep" / "one", monkeypatch, "6")
     launched(tmp_path / "sweep" / "two", "7")
     queue.write_text("".join(f"{job} RUNNING None\n" for job in (4, 5, 6, 7)))

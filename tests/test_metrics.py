@@ -1,6 +1,7 @@
 """Rows, their truncation at a resume, pictures and tables."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scaleclip.errors import ConfigError
 from scaleclip.evaluation.results import Figure, finished_step, read_results, write_results
 from scaleclip.metrics import Metrics, Row, read_rows
 from scaleclip.report import plot_run, results_table
+from scaleclip.run_folder import PROGRESS, log_to
 
 
 def make_row(step: int) -> Row:
@@ -33,6 +35,27 @@ def test_rows_are_readable_while_they_are_written(tmp_path):
         metrics.write(make_row(step))
         assert read_rows(tmp_path)[-1] == json.loads(json.dumps(make_row(step)._asdict()))
     metrics.close()
+
+
+@pytest.fixture
+def logs():
+    """Logging as it was, after the test."""
+    loggers = [logging.getLogger(name) for name in ("scaleclip", "scaleclip_kernels", PROGRESS)]
+    before = [(each.handlers, each.level, each.propagate) for each in loggers]
+    yield
+    for each, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        each.handlers, each.propagate = handlers, propagate
+        each.setLevel(level)
+
+
+@pytest.mark.usefixtures("logs")
+def test_progress_is_in_the_ranks_log(tmp_path):
+    log_to(tmp_path, 0, "7")
+    metrics = open_metrics(tmp_path)
+    metrics.write(make_row(2)._replace(data_wait=0.2, loader={"read": 0.6, "decode": 0.4}))
+    metrics.close()
+    [line] = (tmp_path / "log" / "7" / "0.log").read_text().splitlines()
+    assert line.endswith("INFO step 2  loss 2.500  100 pairs/s  scale 14.3  data wait 20% (read)")
 
 
 def test_a_resume_drops_rows_of_lost_work_and_a_torn_line(tmp_path):
