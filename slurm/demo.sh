@@ -21,5 +21,7 @@ set -euo pipefail
 # sbatch runs a copy of this file from a spool folder; what was submitted, SLURM knows
 submitted() { scontrol show job "$SLURM_JOB_ID" | sed -nE 's|^ *Command=(.*)/slurm/[^/]*\.sh( .*)?$|\1|p'; }
 home=${SCALECLIP_HOME:-${SLURM_JOB_ID:+$(submitted)}}
-source "${home:=$(dirname "${BASH_SOURCE[0]}")/..}/slurm/job.sh" || exit 2 # set SCALECLIP_HOME to the repository
+home=${home:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$home/slurm/job.sh" ] || { echo "no scaleclip in '$home': set SCALECLIP_HOME to the repository" >&2; exit 2; }
+source "$home/slurm/job.sh"
 run_job package:scaleclip/configs/demo.yaml "$@"

@@ -82,6 +82,19 @@ def test_every_system_is_there_at_full_scale_and_on_the_embedded_data(path: Path
     assert (SLURM / f"{name}.sh").exists()
 
 
+@pytest.mark.parametrize("path", FULL, ids=stem)
+def test_a_recipe_s_job_fits_its_configuration(path: Path) -> None:
+    script = (SLURM / path.name).with_suffix(".sh").read_text()
+    asked = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines() if line.startswith("#SBATCH")
+    )
+    assert script.splitlines()[-1] == f'run_job configs/{path.name} "$@"'
+    config = load_config(path)
+    assert int(asked["cpus-per-task"]) >= config.data.workers
+    assert asked["signal"].removeprefix("USR2@") in script.partition("SCALECLIP_GRACE_S:-")[2]
+    validate(config, int(asked["nodes"]) * int(asked["ntasks-per-node"]))
+
+
 @pytest.mark.parametrize(
     "path", [pytest.param(path, marks=pytest.mark.slow if path.stem != "clips" else ()) for path in FULL], ids=stem
 )

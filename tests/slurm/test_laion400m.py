@@ -10,6 +10,7 @@ from runs import rows
 from slurm_cluster import NODES, REPOSITORY, Cluster, need_slurm, wait_until
 
 SCRIPT = REPOSITORY / "slurm" / "laion400m.sh"
+RECIPES = sorted(path for path in SCRIPT.parent.glob("*.sh") if path.stem not in ("job", "demo"))
 NUM_STEPS = 20
 SMALL = (
     "data.sources={laion400m: {shards: 'package:scaleclip/data/demo/train/*.tar'}}",
@@ -28,7 +29,7 @@ SMALL = (
 def large_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Nodes as the script asks for; nothing runs there."""
     need_slurm()
-    found = Cluster(tmp_path_factory.mktemp("slurm") / "large", port=17100, LOCAL_SLURM_CPUS="112")
+    found = Cluster(tmp_path_factory.mktemp("slurm") / "large", port=17100, LOCAL_SLURM_CPUS="128")
     found.control("start", "8")
     yield found
     found.control("stop")
@@ -37,8 +38,11 @@ def large_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 @pytest.mark.slurm
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--nodes=2-8",)])
-def test_a_cluster_of_its_size_takes_the_script(large_cluster: Cluster, options: tuple[str, ...], tmp_path: Path) -> None:
-    large_cluster.run("sbatch", "--test-only", *options, SCRIPT, "data.sources.laion400m.shards=/data/*.tar", cwd=tmp_path)
+@pytest.mark.parametrize("script", RECIPES, ids=lambda script: script.stem)
+def test_a_cluster_of_its_size_takes_the_script(
+    large_cluster: Cluster, script: Path, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    large_cluster.run("sbatch", "--test-only", *options, script, cwd=tmp_path)
 
 
 @pytest.mark.slurm
