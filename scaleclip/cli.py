@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from scaleclip.captions_cli import captions_app
 from scaleclip.cli_arguments import ConfigFile, Overrides, RunFolder
 from scaleclip.data_cli import data_app
 from scaleclip.equivalence_cli import verify_equivalence
@@ -120,6 +121,7 @@ def show_config(
 for command in (plan, verify_equivalence, launch, jobs, logs, cancel, check):
     app.command()(command)
 app.add_typer(data_app, name="data")
+app.add_typer(captions_app, name="captions")
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ MAY_IMPORT = {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "losses", "models", "optim", "scaleclip_kernels",
         "step",
     },
-    "evaluate_run": {"checkpoint", "data", "evaluation", "models", "run_folder", "stages"},
+    "evaluate_run": {"checkpoint", "config", "data", "evaluation", "models", "run_folder", "stages"},
+    "written_captions": {"data", "evaluate_run"},
+    "captions_cli": {"cli_arguments", "written_captions"},
     "report": {"evaluation", "metrics"},
     "train": {
         "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "evaluation", "guard", "losses", "models",
@@ -55,9 +57,9 @@ MAY_IMPORT = {
         "runtime", "schedule", "stages", "status", "step",
     },
     "cli": {
-        "cli_arguments", "config", "config_io", "config_rules", "data_cli", "deepspeed_config", "equivalence_cli",
-        "evaluate_run", "evaluation", "exit_codes", "launch_cli", "metrics", "plan_cli", "report", "stages",
-        "train",
+        "captions_cli", "cli_arguments", "config", "config_io", "config_rules", "data_cli", "deepspeed_config",
+        "equivalence_cli", "evaluate_run", "evaluation", "exit_codes", "launch_cli", "metrics", "plan_cli", "report",
+        "stages", "train",
     },
     "data_cli": {"config", "data"},
     "equivalence_cli": {"cli_arguments", "config_io", "config_rules", "equivalence", "stages"},
@@ -90,7 +92,7 @@ FENCES = {
     "matplotlib": {"report", "planning/picture"},
     "transformers": {"models", "data"},
     "timm": {"models/timm_towers"},
-    "typer": {"cli", "data_cli", "cli_arguments", "equivalence_cli", "launch_cli", "plan_cli"},
+    "typer": {"captions_cli", "cli", "data_cli", "cli_arguments", "equivalence_cli", "launch_cli", "plan_cli"},
 }
 
 KERNELS_MAY_IMPORT = {"torch", "triton", "scaleclip_kernels", *sys.stdlib_module_names}

@@ -15,7 +15,7 @@ import ftfy
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import Regex, models, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from scaleclip.errors import ConfigError
@@ -83,6 +83,14 @@ class Tokenizer:
                 ids.extend([self.pad_id] * (length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).view(len(texts), length)
 
+    def texts(self, tokens_BT: Tensor) -> list[str]:
+        """The words of ids, without start, end and padding; as this tokenizer writes them, so in lower case for CLIP's."""
+        rows = []
+        for ids in tokens_BT.tolist():
+            ids = ids[1:] if ids[:1] == [self.start_id] else ids
+            rows.append(self._backend.decode(ids[: ids.index(self.end_id)] if self.end_id in ids else ids))
+        return [row.strip() for row in rows]
+
     def _shorten(self, ids: list[int], length: int, keep: Keep, random: np.random.Generator | None) -> list[int]:
         room = length - self._num_before - self._num_after
         stop = len(ids) - self._num_after
@@ -135,6 +143,8 @@ def byte_pair_backend(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    # the byte-level alphabet's sign for a space
+    backend.decoder = decoders.Sequence([decoders.Replace(WORD_END, "Ġ"), decoders.ByteLevel()])
     backend.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, ids[START]), (END, ids[END])]
     )

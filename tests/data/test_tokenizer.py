@@ -157,6 +157,14 @@ def test_a_tower_sees_the_same_text_in_fewer_columns(kind: str, pooling: str) ->
     torch.testing.assert_close(narrow.pooled_BD, wide.pooled_BD)
 
 
+@pytest.mark.parametrize("name", ["clip", "demo"])
+def test_ids_are_words_again(name: str) -> None:
+    tokenizer = load_tokenizer(name, 40)
+    texts = ["a photo of a cat, isn't it", "café ☕ in münchen", "", "one"]
+    assert tokenizer.texts(tokenizer(texts)) == ["a photo of a cat , isn 't it", "café ☕ in münchen", "", "one"]
+    assert tokenizer.texts(tokenizer(["cut off"])[:, 1:3]) != [""], "without start and end token"
+
+
 def test_pickling_keeps_the_ids() -> None:
     tokenizer = load_tokenizer("demo", 20)
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(ODD_CAPTIONS), tokenizer(ODD_CAPTIONS))
