@@ -42,6 +42,9 @@ _CONVNEXT = (
     "model.text.config.hidden_size=512", "model.text.config.num_hidden_layers=6", "model.text.config.num_attention_heads=8",
     "model.text.config.intermediate_size=2048",
 )  # fmt: skip
+_SLIP = ("model.projector={hidden: 2048, dim: 256}",)
+_CLIPS = ("model.caption_decoder={queries: 64}", "data.caption={}", "data.views=[{}, {}]")
+_TRIPLETS = ("data.text_pairs={num_negatives: 7, sources: {any: {files: any.jsonl}}}",)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ CASES = (
     _case("zero1 convnext one pass bf16", 2, 128, 64, _CONVNEXT, 1, "bf16"),
     _case("zero0 convnext two passes fp32", 1, 96, 32, _CONVNEXT, 0, "fp32"),
     _case("zero1 checkpointing fp32", 1, 128, 128, _VIT, 1, "fp32", "model.activation_checkpointing=true"),
+    _case("slip one pass fp32", 1, 64, 64, _VIT, 1, "fp32", *_SLIP),
+    _case("slip two passes fp32", 2, 128, 32, _VIT, 1, "fp32", *_SLIP),
+    _case("clips two passes fp32", 1, 64, 32, _VIT, 1, "fp32", *_CLIPS),
+    _case("triplets two passes fp32", 1, 32, 16, _VIT, 1, "fp32", *_TRIPLETS),
 )
 
 

@@ -6,7 +6,6 @@ Arguments: a folder for the ranks to meet in, the micro batch, overrides of the 
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,13 +14,11 @@ import torch.distributed as dist
 from check_plan import CONFIG, STEPS
 from loss_bench.memory import added_bytes
 from scaleclip import distributed
-from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config
-from scaleclip.data.loader import Batch
 from scaleclip.engine import Engine
+from scaleclip.equivalence.batches import global_batch, share_chunks
 from scaleclip.files import resolve_path
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.planning.counting import num_tokens
 from scaleclip.step import TrainStep
 
 
@@ -40,7 +37,8 @@ def main() -> None:
         engine = Engine(config, world)
         step = TrainStep(engine, config, world, micro_batch)
         for number in range(STEPS):
-            step(_chunks(config, num_ranks, micro_batch), number, 1e-4)
+            batch = global_batch(config, engine.model, number)
+            step(iter(share_chunks(batch, rank, num_ranks, micro_batch)), number, 1e-4)
 
     print(added_bytes(train, torch.device("cpu")), flush=True)
     # DeepSpeed and gloo may wait for each other at the interpreter's end
@@ -55,24 +53,6 @@ def _load_libraries() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             features = model(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), (torch.ones(8, 32, dtype=torch.int64),))
         (features.image_BE.sum() + features.texts_BE[0].sum()).backward()
-
-
-def _chunks(config: RunConfig, num_ranks: int, micro_batch: int) -> Iterator[Batch]:
-    share, size, tokens = (
-        -(-config.train.global_batch // num_ranks),
-        config.model.image.size,
-        num_tokens(config.model, config.data),
-    )
-    for first in range(0, share, micro_batch):
-        length = min(micro_batch, share - first)
-        yield Batch(
-            pixels_BCHW=torch.randint(0, 256, (length, 3, size, size), dtype=torch.uint8),
-            tokens_BT=(torch.randint(1, 4000, (length, tokens)),) * len(config.data.views),
-            ids_B=torch.arange(length),
-            valid_B=torch.ones(length, dtype=torch.bool),
-            seeds_B=torch.arange(length),
-            keys=(), faults=(), counts={}, cache={}, stage_s={}, ready_s=0.0,
-        )  # fmt: skip
 
 
 if __name__ == "__main__":
