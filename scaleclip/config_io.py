@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from scaleclip.config import RunConfig, Section, SourceConfig, StageConfig, ViewConfig
+from scaleclip.config import RunConfig, Section, SourceConfig, StageConfig, TextSourceConfig, ViewConfig
 from scaleclip.config_tree import deep_update, flatten, has, override, with_numbers
 from scaleclip.errors import ConfigError
 
@@ -31,6 +31,7 @@ FREE_ON_RESUME = (
     "data.sources.*.shards",
     "data.sources.*.manifest",
     "data.sources.*.sidecars",
+    "data.text_pairs.sources.*.files",
     "data.cache",
     "data.workers",
     "data.prefetch_batches",
@@ -318,6 +319,7 @@ def _explain(fault: Any, whole: type[Section], prefix: str) -> str:
         section, _, name = key.rpartition(".")
         # sources and views are called as the user likes
         named: dict[str, type[Section]] = {"data.sources": SourceConfig, "data.views": ViewConfig, "stages": StageConfig}
+        named["data.text_pairs.sources"] = TextSourceConfig
         inside = named.get(section.rpartition(".")[0])
         if inside is StageConfig:
             hint = _hint(name, StageConfig.model_fields, f"{section}.")

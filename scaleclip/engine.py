@@ -10,6 +10,7 @@ AdamW. DeepSpeed's own norm and overflow checks, which read them on the host at 
 """
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_grad
 
 deepspeed.logger.setLevel("WARNING")
@@ -156,16 +159,20 @@ class Engine:
         """The model for evaluation: itself, or under stage 3 a copy with whole parameters on this rank's device."""
         if self._config.zero_stage < 3:
             return self.model
-        copy = DualEncoder(self._model_config.without_pretrained()).to(self._device)
-        for whole, parameter in zip(copy.parameters(), self.model.parameters(), strict=True):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole.copy_(parameter)
+        # what only learns takes no part in evaluations
+        parts = {"projector": None, "caption_decoder": None}
+        copy = DualEncoder(self._model_config.without_pretrained().model_copy(update=parts)).to(self._device)
+        parameters = dict(self.model.named_parameters())
+        for name, whole in copy.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                whole.copy_(parameters[name])
         return copy
 
     def close(self) -> None:
-        """Give back what the engine holds, so that another one can be made."""
+        """Let go of what the engine holds, so that another one can be made. Not after an error: it waits for the device."""
         self._ds.destroy()
         self._adamw.state.clear()
+        _forget_modules(self.model)
 
     def shard(self) -> Shard:
         """What this rank holds of parameters and optimizer state, as views: what is written there is loaded (`refresh`)."""
@@ -330,6 +337,15 @@ def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> D
 
 def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+
+
+def _forget_modules(model: nn.Module) -> None:
+    """Take a model out of what stage 3 keeps as long as the process lives: a list of running modules, and a method's answers by
+    module."""
+    own = set(model.modules())
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
+    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def _leave_out_host_reads(ds: Any) -> None:

@@ -15,6 +15,8 @@ from scaleclip.config import CacheConfig, RunConfig, SourceConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import Source
+from scaleclip.data.text_pairs import open_text_pairs
+from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.errors import ConfigError
 from scaleclip.planning.counting import count_memory
 from scaleclip.run_folder import check_same_run
@@ -59,6 +61,7 @@ def check_node(config: RunConfig, ranks: int, local_ranks: int, grace_s: float) 
     for stage in stages:
         new = [named for named in stage.data.sources.items() if named not in seen]
         yield from _check_data(new, config.data.cache)
+        yield from _check_texts(stage)
         seen += new
 
 
@@ -138,3 +141,13 @@ def _check_data(sources: Iterable[tuple[str, SourceConfig]], cache_config: Cache
             Source(name, section, cache).reader(0, 0)
         except (ConfigError, SampleError) as error:
             yield Fault(f"data.sources.{name}: {error}".replace(f"data.sources.{name}: data", "data"), of_node=False)
+
+
+def _check_texts(config: RunConfig) -> Iterator[Fault]:
+    try:
+        tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
+        pairs = open_text_pairs(config, ShardCache(config.data.cache), tokenizer)
+        if pairs:
+            pairs.read(0, 0, 1)
+    except ConfigError as error:
+        yield Fault(str(error), of_node=False)

@@ -53,10 +53,17 @@ def open_run(config: RunConfig, world_size: int, data_fingerprints: Sequence[str
         held = lock(folder)
         check_same_run(config)
         starts = read_starts(folder)
-        if starts and any(then != now for then, now in zip(starts[-1]["data"], data_fingerprints, strict=False)):
+        if starts and "data" not in starts[-1]:
             raise ConfigError(
-                f"run.folder={folder} was trained on other shards: the names or sample counts of data.sources have changed "
-                f"since; restore them to go on, or name another run.folder"
+                f"run.folder={folder} was written by another version of scaleclip: use that one, or another folder"
+            )
+        then = starts[-1]["data"] if starts else ()
+        changed = [number for number, pair in enumerate(zip(then, data_fingerprints, strict=False)) if pair[0] != pair[1]]
+        if changed:
+            where = f" in stage {changed[0]}" if len(data_fingerprints) > 1 else ""
+            raise ConfigError(
+                f"run.folder={folder} was trained on other data{where}: the names or sample counts of what data.sources or "
+                f"data.text_pairs.sources name have changed since; restore them to go on, or name another run.folder"
             )
         write_atomic(folder / "config.yaml", to_yaml(config))
         starts.append(_this_start(world_size, data_fingerprints, loss_gemm))

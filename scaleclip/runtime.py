@@ -35,6 +35,16 @@ def collected_at_log_steps() -> Iterator[Callable[[], object]]:
         gc.unfreeze()
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Free what nobody refers to any more, also where an allocator keeps it: another process's view of the device, and this
+    one's of what is free, see it then."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @contextlib.contextmanager
 def traced(path: Path | None) -> Iterator[Trace]:
     """Write a trace of a few steps, after the first ones, to `path`, for chrome://tracing or Perfetto; no path, no trace."""

@@ -63,16 +63,6 @@ def stage_before(stages: Sequence[Stage], step: int) -> Stage:
     return stage_at(stages, max(step - 1, 0))
 
 
-def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run."""
-    return stages_of(config)[-1].last_step
-
-
-def total_samples(config: RunConfig) -> int:
-    """Slots of all global batches of the run."""
-    return sum(stage.samples for stage in stages_of(config))
-
-
 def _seed(seed: int, number: int) -> int:
     """63 bits; the run's own for the first stage. A contract with the runs that exist, as the order of samples is."""
     if number == 0:

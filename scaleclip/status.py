@@ -45,6 +45,8 @@ class Status(NamedTuple):
     """Of the whole run."""
     samples: int
     """Pairs seen."""
+    whole_samples: int
+    """Pairs of the whole run."""
     pairs_per_s: float | None
     """Since the log step before the last one; none before the first."""
     starts: int
@@ -66,9 +68,9 @@ class Status(NamedTuple):
     @property
     def eta_s(self) -> float | None:
         """Seconds that the run has still to go."""
-        if not self.pairs_per_s or not self.step:
+        if not self.pairs_per_s:
             return None
-        return (self.steps - self.step) * self.samples / self.step / self.pairs_per_s
+        return (self.whole_samples - self.samples) / self.pairs_per_s
 
 
 def read_status(folder: Path) -> Status | None:
@@ -114,13 +116,14 @@ class StatusFile:
         folder: the run's.
         world_size: ranks.
         steps: of the whole run.
+        samples: of the whole run.
         most_idle: starts of a job in a row that may go on from the same step.
 
     Raises:
         RunError: more starts than that have saved nothing.
     """
 
-    def __init__(self, folder: Path, world_size: int, steps: int, most_idle: int) -> None:
+    def __init__(self, folder: Path, world_size: int, steps: int, samples: int, most_idle: int) -> None:
         before, job, step = read_status(folder), slurm_job(), _newest_step(folder)
         is_again = before is not None and job is not None and before.job == job and before.resumed_step == step
         idle_starts = before.idle_starts + 1 if before is not None and is_again else 0
@@ -132,6 +135,7 @@ class StatusFile:
             step=step,
             steps=steps,
             samples=before.samples if before else 0,
+            whole_samples=samples,
             pairs_per_s=None,
             starts=before.starts + 1 if before else 1,
             resumed_step=step,

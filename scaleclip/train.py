@@ -1,6 +1,5 @@
 """One run, top to bottom: what it needs, its stages one after the other (scaleclip.train_stage), its end."""
 
-import gc
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,13 +16,14 @@ from scaleclip.data.source import Source, fingerprint
 from scaleclip.data.tally import Quarantine
 from scaleclip.data.text_pairs import open_text_pairs
 from scaleclip.data.tokenizer import load_tokenizer
-from scaleclip.errors import ConfigError
+from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.results import finished_step
 from scaleclip.evaluation.splits import open_splits
 from scaleclip.guard import StopSignal
 from scaleclip.losses.objective import check_runs_on
 from scaleclip.models.towers import check_tokenizer
 from scaleclip.run_folder import log_to, open_run, start_name
+from scaleclip.runtime import give_back_memory
 from scaleclip.stages import Stage, stage_at, stages_of
 from scaleclip.status import StatusFile, mark_finished
 from scaleclip.train_stage import Run, StageData, train_stage
@@ -51,7 +51,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         # those of later stages too: what is missing shows now, not in weeks
         data = _open_data(stages, cache)
         splits = open_splits(config.eval.splits, cache)
-    _check_same_shards([source for each in data for source in each.sources])
+    _check_same_data(data)
     fingerprints = [each.fingerprint for each in data]
 
     folder = Path(config.run.folder)
@@ -72,7 +72,8 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     status: StatusFile | None = None
     with distributed.all_or_none():
         if world.is_main:
-            status = StatusFile(folder, world.size, total_steps, config.guard.max_idle_starts)
+            total_samples = sum(stage.samples for stage in stages)
+            status = StatusFile(folder, world.size, total_steps, total_samples, config.guard.max_idle_starts)
     checkpointer = Checkpointer(folder, world, config.checkpoint, origin(config, fingerprints))
     with distributed.all_or_none():
         quarantine = Quarantine(folder if world.is_main else None)
@@ -92,9 +93,13 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
             state = train_stage(run, stage, data[stage.number], state, found)
             if state.step == total_steps:
                 break
-            gc.collect()  # the engine is in circles, and the next one needs its room
-            found = checkpointer.find_newest(ask_mirror=False)
-            assert found is not None, "a stage ends with a checkpoint"
+            give_back_memory(world.device)  # the engine's, which the next one needs
+            found, ended_at = checkpointer.find_newest(ask_mirror=False), state.step
+            if found is None or found.state.step != ended_at:
+                raise RunError(
+                    f"stage {stage.number} ended at step {ended_at}, and its checkpoint is damaged, or not every node sees it: "
+                    f"see the warnings before this and start again, to go on from the one before"
+                )
             state = found.state
     distributed.shutdown()
     return folder
@@ -119,20 +124,35 @@ def _open_data(stages: Sequence[Stage], cache: ShardCache) -> list[StageData]:
         text = stage.config.model.text
         tokenizer = load_tokenizer(text.tokenizer, text.context_length)
         check_tokenizer(text, size=tokenizer.size, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id)
+        if stage.config.model.caption_decoder and tokenizer.start_id is None:
+            raise ConfigError(
+                f"model.text.tokenizer={text.tokenizer} has no start token, from which model.caption_decoder writes: use "
+                f"another one, or no decoder"
+            )
         pairs = open_text_pairs(stage.config, cache, tokenizer)
         digest = fingerprint(sources)
         if pairs:
-            digest = hashlib.sha256("\n".join([digest, *pairs.fingerprints]).encode()).hexdigest()[: len(digest)]
+            rows = "\n".join([digest, *(f"{key}\t{print_}" for key, print_ in pairs.fingerprints)])
+            digest = hashlib.sha256(rows.encode()).hexdigest()[: len(digest)]
         found.append(StageData(sources, pairs, tokenizer, digest))
     return found
 
 
-def _check_same_shards(sources: Sequence[Source]) -> None:
-    prints = distributed.gather_objects([source.manifest.fingerprint for source in sources])
-    for number, source in enumerate(sources):
+def _check_same_data(data: Sequence[StageData]) -> None:
+    """Raise, on every rank alike, where ranks see other shards or other files of texts."""
+    mine = [
+        (key, print_)
+        for stage in data
+        for key, print_ in [
+            *((f"data.sources.{source.name}", source.manifest.fingerprint) for source in stage.sources),
+            *(stage.text_pairs.fingerprints if stage.text_pairs else ()),
+        ]
+    ]
+    prints = distributed.gather_objects(mine)
+    for number, (key, _) in enumerate(mine):
         strange = [rank for rank, found in enumerate(prints) if found[number] != prints[0][number]]
         if strange:
             raise ConfigError(
-                f"data.sources.{source.name} names other shards, or other sample counts, on ranks {strange} than on rank 0: "
-                f"let all nodes see the same files"
+                f"{key} names other shards, or other sample counts, on ranks {strange} than on rank 0: let all nodes see the "
+                f"same files"
             )

@@ -19,7 +19,7 @@ from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainBatches, TrainDataset
 from scaleclip.data.source import Source
 from scaleclip.data.tally import Intake, Quarantine, Tally, merge
-from scaleclip.data.text_pairs import TextPairs
+from scaleclip.data.text_pairs import TEXT_PAIRS, TextPairs
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.distributed import World
 from scaleclip.engine import Engine
@@ -75,9 +75,13 @@ class Run:
     metrics: Metrics | None = field(default=None, init=False)
     """On rank 0, once a stage trains."""
     has_begun: bool = field(default=False, init=False)
+    bad_steps: BadSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad_steps = BadSteps(self.config.guard.max_bad_steps)
 
     def begin(self, state: TrainState) -> None:
-        """Training begins, or goes on into a further stage. Threads start, so loader processes have to be there by then."""
+        """Training begins, or goes on into a further stage. The first time threads start: loader processes come before."""
         if self.has_begun:
             return
         self.has_begun = True
@@ -144,7 +148,8 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
     if state.step == stage.first_step:
         state.batches_left_out = 0  # which were the stage's before
 
-    # loader processes first: a fork must not copy the locks of the progress bar's and wandb's threads
+    # Loader processes first: a fork should not copy the locks of the progress bar's and wandb's threads. Later stages cannot
+    # help it, and TrainBatches replaces processes that hang at their start.
     pin_memory = world.device.type == "cuda"
     batches = TrainBatches(
         dataset, *_items(state, stage, dataset), config.data, pin_memory=pin_memory, local_ranks=world.local_size
@@ -154,13 +159,12 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
     status, metrics = run.status, run.metrics
     peak = peak_tflops(world.device)
     samples_an_epoch = sum(source.manifest.num_samples for source in data.sources)
-    bad_steps = BadSteps(config.guard.max_bad_steps)
+    bad_steps = run.bad_steps
     went_back_to: int | None = None
     save_is_due = False
     interval_start, logged_step = time.perf_counter(), state.step
     engine.model.train()
     with ExitStack() as at_end:
-        at_end.callback(engine.close)
         at_end.callback(batches.close)
         with (
             Watchdog(config.guard.hang_timeout_s, run.folder / "log" / run.start / f"{world.rank}.stacks") as watchdog,
@@ -201,7 +205,8 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
                     if bad and world.is_main:
                         record_bad_steps(run.folder, bad)
                         log.warning(f"left out, since loss or gradients were not finite: {[each.step for each in bad]}")
-                _check_data(len(tally.faults), num_steps * config.train.global_batch, state, config, run.quarantine)
+                num_slots = num_steps * config.train.global_batch * (2 if data.text_pairs else 1)
+                _check_data(len(tally.faults), num_slots, state, config, run.quarantine)
                 tflops = step_flops * num_steps / interval_s / 1e12
                 pairs_per_s = config.train.global_batch * num_steps / interval_s
                 with distributed.all_or_none():
@@ -284,6 +289,7 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
                     # the last thing that a run writes
                     write_results(run.folder, state.step, figures)
         checkpointer.detach()
+        engine.close()
     return state
 
 
@@ -316,9 +322,11 @@ def _go_back(failed: TrainState, found: Found | None, went_back_to: int | None, 
             f"train.precision=fp32"
         )
     left_out = failed.batch - previous.step
+    # those of the stage before are no longer counted
+    left_out_before = 0 if previous.step == stage.first_step else previous.batches_left_out
     log.warning(
         f"{config.guard.max_bad_steps} bad steps in a row up to {failed.step}: back to step {previous.step}, leaving out the "
-        f"{left_out - previous.batches_left_out} batches since"
+        f"{left_out - left_out_before} batches since"
     )
     return replace(failed, step=previous.step, samples=previous.samples, faults=previous.faults, batches_left_out=left_out)
 
@@ -338,7 +346,9 @@ def _check_data(bad_lately: int, seen_lately: int, state: TrainState, config: Ru
 
     A store that fails after billions of good samples would not show in the share of all.
     """
-    bad_of_seen = [(sum(state.faults.values()), state.samples)]
+    # rows of texts have slots of their own
+    of_texts = sum(count for name, count in state.faults.items() if name.startswith(f"{TEXT_PAIRS}/"))
+    bad_of_seen = [(of_texts, state.samples), (sum(state.faults.values()) - of_texts, state.samples)]
     if seen_lately >= _ENOUGH_SAMPLES:
         bad_of_seen.append((bad_lately, seen_lately))
     for bad, seen in bad_of_seen:

@@ -30,7 +30,7 @@ def written_captions(run: Path, number: int) -> list[Written]:
     """
     _, config, model, tokenizer = load_newest(run)
     if config.model.caption_decoder is None or tokenizer.start_id is None:
-        raise ConfigError(f"{run} has no model.caption_decoder, or its tokenizer has no start token: nothing writes captions")
+        raise ConfigError(f"{run} has no model.caption_decoder: train one with a decoder, for example configs/demo/clips.yaml")
     if number > config.train.global_batch:
         raise ConfigError(f"--number={number} is more than train.global_batch={config.train.global_batch}")
     cache = ShardCache(config.data.cache)

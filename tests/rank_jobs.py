@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from scaleclip.losses.objective import contrastive
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.towers import Encoded
 from scaleclip.planning.memory import step_memory
+from scaleclip.runtime import give_back_memory
 from scaleclip.step import TrainStep
 from scaleclip.train import train
 from scaleclip_kernels import panels
@@ -180,6 +182,26 @@ def first_parameters_of_each(config_path: str, cases: list[list[str]]) -> list[d
     """The parameters that an engine starts with, for each list of overrides."""
     world = distributed.init()
     return [Engine(load_config(config_path, overrides), world).parameters() for overrides in cases]
+
+
+def what_outlives_engines(config_path: str, cases: list[list[str]]) -> list[list[str]]:
+    """What of each engine, with a step taken, is still there once it is closed and forgotten."""
+    world = distributed.init()
+    found = []
+    for overrides in cases:
+        config = load_config(config_path, overrides)
+        micro_batch = choose_micro_batch(config, world)
+        engine = Engine(config, world)
+        take_step = TrainStep(engine, config, world, micro_batch)
+        take_step(make_chunks(config, 0, world.rank, world.size, micro_batch), 0, 1e-3)
+        held = {"engine": engine, "model": engine.model, "deepspeed": engine._ds, "adamw": engine._adamw}
+        held |= {f"master {number}": master for number, master in enumerate(engine._masters() if engine._zero else [])}
+        references = {name: weakref.ref(each) for name, each in held.items()}
+        engine.close()
+        del engine, take_step, held
+        give_back_memory(world.device)
+        found.append([name for name, reference in references.items() if reference() is not None])
+    return found
 
 
 class HostReads(TorchDispatchMode):

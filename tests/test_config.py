@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaleclip.config import RunConfig, SourceConfig
+from scaleclip.config import RunConfig, SourceConfig, TextSourceConfig
 from scaleclip.config_io import (
     FREE_ON_RESUME,
     differing_keys,
@@ -188,6 +188,7 @@ def test_differing_keys_are_those_that_decide_the_training():
     new = load_config(ROOT / "configs" / "demo.yaml", changes)
     assert differing_keys(old, new) == [("optim.lr", old.optim.lr, 0.5)]
     known = [*known_keys(), *(f"data.sources.*.{field}" for field in SourceConfig.model_fields)]
+    known += [f"data.text_pairs.sources.*.{field}" for field in TextSourceConfig.model_fields]
     assert all(
         any(fnmatch.fnmatchcase(key, free) or key == free or key.startswith(f"{free}.") for key in known)
         for free in FREE_ON_RESUME

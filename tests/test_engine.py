@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from rank_jobs import agree, compare_bf16, count_host_reads, first_parameters_of_each, run_steps_of_each
+from rank_jobs import (
+    agree,
+    compare_bf16,
+    count_host_reads,
+    first_parameters_of_each,
+    run_steps_of_each,
+    what_outlives_engines,
+)
 from scaleclip.config_io import load_config
 from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.errors import ConfigError
@@ -41,6 +48,13 @@ def test_a_step_reads_nothing_from_the_device(tiny_config_path):
     cases += [[*stage, *way, *terms] for stage, way in itertools.product(stages(1, 3), ways[:2])]
     [counts] = run_ranks(count_host_reads, 1, tiny_config_path, cases)
     assert counts == [{}] * len(cases)
+
+
+def test_an_engine_leaves_nothing_behind(tiny_config_path):
+    """A run of several stages makes one after the other."""
+    cases = [*stages(0, 1, 2, 3), ["train.zero_stage=3", "train.offload_optimizer=true", "train.micro_batch=3"]]
+    [found] = run_ranks(what_outlives_engines, 1, tiny_config_path, cases)
+    assert found == [[]] * len(cases)
 
 
 OFTEN = [*stages(0, 1), [*stages(2)[0], "train.micro_batch=2"], [*stages(3)[0], "train.micro_batch=2"]]

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "report": {"evaluation", "metrics"},
     "train": {
         "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "evaluation", "guard", "losses", "models",
-        "run_folder", "scaleclip_kernels", "stages", "status", "train_stage",
+        "run_folder", "runtime", "scaleclip_kernels", "stages", "status", "train_stage",
     },
     "train_stage": {
         "checkpoint", "config", "data", "distributed", "engine", "evaluation", "fit", "guard", "metrics", "models", "planning",

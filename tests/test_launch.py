@@ -236,7 +236,7 @@ def row_of(name: str, table: str) -> list[str]:
 def begin(folder, monkeypatch, job="7"):
     folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("SLURM_JOB_ID", job)
-    status = StatusFile(folder, world_size=4, steps=100, most_idle=3)
+    status = StatusFile(folder, world_size=4, steps=100, samples=800, most_idle=3)
     status.advance(40, 320, 20.0)
     return status
 

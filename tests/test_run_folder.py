@@ -36,7 +36,7 @@ def test_a_run_that_is_being_written_is_not_opened_again(config, monkeypatch):
 
 def test_other_data_are_refused(config):
     open_run(config, 1, ["digest"], "default").close()
-    with pytest.raises(ConfigError, match="was trained on other shards"):
+    with pytest.raises(ConfigError, match="was trained on other data"):
         open_run(config, 1, ["other digest"], "default")
 
 

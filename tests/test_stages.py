@@ -25,7 +25,7 @@ from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.node_check import check_node
 from scaleclip.plan_cli import plan
 from scaleclip.schedule import learning_rate
-from scaleclip.stages import stage_at, stage_before, stages_of, total_samples, total_steps
+from scaleclip.stages import stage_at, stage_before, stages_of
 
 # Recap-CLIP's two stages (arXiv:2406.08478) and a third with another mix, all of them 1,000 times shorter
 RECAP = """
@@ -69,7 +69,8 @@ def test_a_run_without_stages_is_one():
     [stage] = stages_of(config)
     assert stage.config is config
     assert (stage.number, stage.first_step, stage.last_step) == (0, 0, 13)
-    assert (total_steps(config), total_samples(config)) == (13, 104)
+    stages = stages_of(config)
+    assert (stages[-1].last_step, sum(stage.samples for stage in stages)) == (13, 104)
 
 
 def test_stages_lie_one_after_the_other(recap):
@@ -79,8 +80,7 @@ def test_stages_lie_one_after_the_other(recap):
     assert [stage.number for stage in stages] == [0, 1, 2]
     assert [(stage.first_step, stage.last_step) for stage in stages] == [(0, 79), (79, 87), (87, 97)]
     assert [stage.samples for stage in stages] == [79 * 32_768, 8 * 16_384, 10 * 1_024]
-    assert total_steps(config) == 97
-    assert total_samples(config) == sum(stage.samples for stage in stages)
+    assert stages[-1].last_step == 97
     assert [stage.keeps_optimizer for stage in stages] == [True, False, True]
 
 
@@ -240,7 +240,7 @@ def test_a_list_of_stages_takes_the_place_of_the_parents(tmp_path, recap):
     recap()
     (tmp_path / "child.yaml").write_text("extends: recap.yaml\nstages: [{train: {samples: 8, global_batch: 8}}]")
     config = load_config(tmp_path / "child.yaml")
-    assert total_steps(config) == 1
+    assert stages_of(config)[-1].last_step == 1
     assert not load_config(tmp_path / "child.yaml", ["stages=[]"]).stages
 
 

@@ -10,7 +10,7 @@ def begin(folder, step=0, most_idle=3):
     """A start that finds a checkpoint of `step`."""
     if step:
         (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
-    return StatusFile(folder, world_size=4, steps=100, most_idle=most_idle)
+    return StatusFile(folder, world_size=4, steps=100, samples=800, most_idle=most_idle)
 
 
 def test_a_run_is_followed_from_start_to_end(tmp_path):

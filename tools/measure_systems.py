@@ -84,7 +84,9 @@ def measure(system: str, seed: int) -> list[Figure] | str:
         folder = Path(name) / "run"
         command = [sys.executable, "-m", "scaleclip", "train", str(ROOT / "configs" / "demo" / f"{system}.yaml")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        timed = ["bash", "-c", 'TIMEFORMAT="%U %S"; time "$0" "$@"', *command, f"run.seed={seed}", f"run.folder={folder}"]
+        # one process a run, so that runs side by side have a core each
+        command += [f"run.seed={seed}", f"run.folder={folder}", "data.workers=0"]
+        timed = ["bash", "-c", 'TIMEFORMAT="%U %S"; time "$0" "$@"', *command]
         done = subprocess.run(timed, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             return done.stderr[-500:]

@@ -36,7 +36,7 @@ from scaleclip.data.prefetch import Prefetcher
 from scaleclip.data.sample import Fault, SampleError
 from scaleclip.data.shards import is_remote
 from scaleclip.data.source import Source
-from scaleclip.data.text_pairs import TextPairs
+from scaleclip.data.text_pairs import TEXT_PAIRS, TextPairs
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.data.transform import open_image, random_crop, resize
 from scaleclip.errors import RunError
@@ -70,7 +70,8 @@ class Batch(NamedTuple):
     faults: tuple[Fault, ...]
     """Samples that could not be used."""
     counts: dict[str, int]
-    """Valid samples by source (`source/NAME`) and texts by view and name (`text/VIEW/NAME`)."""
+    """Valid samples by source (`source/NAME`), texts by view and name (`text/VIEW/NAME`), rows by source of texts
+    (`text_pairs/NAME`)."""
     cache: dict[str, int]
     """What the loader process did in the cache of remote shards meanwhile (ShardCache.take_counts)."""
     stage_s: dict[str, float]
@@ -87,6 +88,8 @@ class Batch(NamedTuple):
     """int64, the same slots of a batch of `data.text_pairs`: queries, positives and then each of the negatives."""
     pairs_valid_B: Tensor | None = None
     """bool, likewise."""
+    pairs_keys: tuple[str, ...] = ()
+    """File and row of each; empty where invalid."""
 
 
 class TrainDataset(Dataset[Batch]):
@@ -196,10 +199,12 @@ class TrainDataset(Dataset[Batch]):
                 crop = random_crop(picture.height, picture.width, self._data, random)
                 pixels = picture.decode(crop, self._size)
                 clock.enter("resize")
-                pixels_BCHW[slot] = resize(pixels, self._size, crop.flip)
-                for view_BCHW in augmented_BCHW:
+                views = [resize(pixels, self._size, crop.flip)]
+                if self._augments:
                     clock.enter("augment")
-                    view_BCHW[slot] = augment(picture, self._data.augment, self._size, random)
+                    views += [augment(picture, self._data.augment, self._size, random) for _ in augmented_BCHW]
+                for view_BCHW, pixels in zip((pixels_BCHW, *augmented_BCHW), views, strict=True):
+                    view_BCHW[slot] = pixels
             except SampleError as error:
                 faults.append(Fault(source.name, source.manifest.shards[shard], ordinal, error.cause, error.detail))
                 continue
@@ -218,8 +223,11 @@ class TrainDataset(Dataset[Batch]):
             for each, view in zip(texts, self._data.views, strict=True)
         ]
         captions_BS, caption_lengths_B = self._encode_captions(captions, valid_B)
-        clock.enter("read")
-        pairs = self._text_pairs.read(*self._batch_and_slots(item)) if self._text_pairs else None
+        pairs = None
+        if self._text_pairs:
+            clock.enter("text pairs")
+            pairs = self._text_pairs.read(*self._batch_and_slots(item))
+            counts[f"{TEXT_PAIRS}/{pairs.source}"] += int(pairs.valid_B.sum())
         clock.enter("collate")
         patch_seeds_B = torch.from_numpy(hash64(self._seed, _PATCHES, slots.epoch_N, sample_B).astype(np.int64))
         return Batch(
@@ -228,6 +236,7 @@ class TrainDataset(Dataset[Batch]):
             dict(self.cache.take_counts()), clock.read(), ready_s=time.monotonic(), augmented_BCHW=tuple(augmented_BCHW),
             captions_BS=captions_BS, caption_lengths_B=caption_lengths_B,
             pairs_BT=self._padded(pairs.texts_BT) if pairs else (), pairs_valid_B=pairs.valid_B if pairs else None,
+            pairs_keys=pairs.keys if pairs else (),
         )  # fmt: skip
 
     def _batch_and_slots(self, item: int) -> tuple[int, int, int]:

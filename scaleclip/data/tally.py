@@ -66,7 +66,7 @@ class Intake(Iterator[Batch]):
         asked_s = time.monotonic()
         batch = next(self._batches)
         self._tally.add(batch, asked_s, time.monotonic())
-        self._keys += batch.keys
+        self._keys += batch.keys + batch.pairs_keys
         return batch
 
     def take_tally(self) -> Tally:

@@ -21,6 +21,8 @@ from scaleclip.data.source import open_shards
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.errors import ConfigError
 
+TEXT_PAIRS = "text_pairs"
+"""What names of text sources stand behind in faults and counts: a source of images may have the same."""
 _CYCLE = 1024
 # what random numbers are for; part of the contract with existing runs
 _TURNS, _NEGATIVES = 2, 3
@@ -108,9 +110,9 @@ class TextPairs:
         return source, cycle * int(turns[source]) + int(np.count_nonzero(source_of_place[:place] == source))
 
     @property
-    def fingerprints(self) -> list[str]:
-        """Of the rows of each source, wherever the files lie."""
-        return [f"{source.name}\t{source.manifest.fingerprint}" for source in self._sources]
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """Key of each source and digest of its rows, wherever the files lie."""
+        return [(source.key, source.manifest.fingerprint) for source in self._sources]
 
     def read(self, batch: int, first: int, last: int) -> TextBatch:
         """Slots `first` to `last` - 1 of global text batch `batch`."""
@@ -127,7 +129,8 @@ class TextPairs:
                 sample = source.read(shard, source.manifest.ordinal(shard, index))
                 row = source.texts(sample, self._num_negatives, np.random.Generator(np.random.PCG64(seed)))
             except SampleError as error:
-                faults.append(Fault(source.name, source.manifest.shards[shard], index, error.cause, error.detail))
+                shard_name = source.manifest.shards[shard]
+                faults.append(Fault(f"{TEXT_PAIRS}/{source.name}", shard_name, index, error.cause, error.detail))
                 continue
             keys[slot] = sample.key
             for column, text in zip(texts, row, strict=True):

@@ -64,6 +64,8 @@ class Flops(NamedTuple):
     forward: int
     backward: int
     """Recomputed activations included."""
+    features: int
+    """Of a forward pass that writes no captions."""
 
 
 def num_tokens(model: ModelConfig, data: DataConfig) -> int:
@@ -113,11 +115,15 @@ def _count_flops(model_json: str, tokens: int, views: int, pair_texts: int) -> F
         inputs = _inputs(config, 1, tokens, views, pair_texts)
         # the counter does not know the CPU's fused attention; the plain one is made of matrix products
         with sdpa_kernel(SDPBackend.MATH):
-            with FlopCounterMode(display=False) as forward:
-                features = model(*inputs)
-            with FlopCounterMode(display=False, custom_mapping=_OWN_FLOPS) as backward:
-                _backward(features)
-    return Flops(forward.get_total_flops(), backward.get_total_flops())
+            with torch.no_grad(), FlopCounterMode(display=False) as forward:
+                model(*inputs)
+            with torch.no_grad(), FlopCounterMode(display=False) as features:
+                model(*inputs._replace(captions_BS=None))
+            # the caption decoder's loss makes its gradients in its forward pass
+            with FlopCounterMode(display=False, custom_mapping=_OWN_FLOPS) as both:
+                _backward(model(*inputs))
+    total = both.get_total_flops()
+    return Flops(forward.get_total_flops(), total - forward.get_total_flops(), features.get_total_flops())
 
 
 def _convolution_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *rest: Any, out_shape: Any, **others: Any) -> int:

@@ -31,6 +31,10 @@ JPEG_BYTES_PER_PX = {256: 0.2047, 512: 0.1503, 1024: 0.1199}
 """Of the images of that record."""
 # of an N x n x E matrix, forward and backward (kernels/README.md)
 _LOSS_PRODUCTS = {"softmax": 4, "sigmoid": 3}
+# of N samples' two views against two of the n on a rank
+_VIEWS_TO_VIEWS = 4
+# crops of an image, of which two are the projector's
+_CROPS = 3
 _FP32_BYTES = 4
 
 
@@ -260,12 +264,16 @@ def _stage_plan(config: RunConfig, num_ranks: int, device: Device, stage: Stage)
 
 
 def _arithmetic(config: RunConfig, flops: Flops, share: int, num_chunks: int) -> Arithmetic:
-    products = _LOSS_PRODUCTS[config.loss.kind] * len(config.data.views)
+    width = _LOSS_PRODUCTS[config.loss.kind] * len(config.data.views) * config.model.embed_dim
+    if config.model.projector:
+        width += _LOSS_PRODUCTS["softmax"] * _VIEWS_TO_VIEWS * config.model.projector.dim
+    if config.data.text_pairs.sources:
+        width += _LOSS_PRODUCTS["softmax"] * (1 + config.data.text_pairs.num_negatives) * config.model.embed_dim
     return Arithmetic(
-        first_encoding=share * flops.forward if num_chunks > 1 else 0,
+        first_encoding=share * flops.features if num_chunks > 1 else 0,
         encoding=share * flops.forward,
         backward=share * flops.backward,
-        loss=2.0 * products * config.train.global_batch * share * config.model.embed_dim,
+        loss=2.0 * width * config.train.global_batch * share,
     )
 
 
@@ -292,7 +300,7 @@ def _seconds(
         gradients=traffic.gradients / collective,
         parameters=traffic.parameters / collective,
         loss=traffic.loss / (hop if uses_ring(config.loss, num_ranks) else collective),
-        data=share / (cores * SAMPLES_PER_CPU_S[assumptions.image_px]),
+        data=share * (_CROPS if config.model.projector else 1) / (cores * SAMPLES_PER_CPU_S[assumptions.image_px]),
     )
     exposed_s = max(terms.gradients - (backward_s if overlaps(config) else 0.0), 0.0)
     exposed_s += max(terms.parameters - (towers_s if config.train.zero_stage == 3 else 0.0), 0.0)
@@ -333,18 +341,29 @@ def _reduces_every_chunk(config: RunConfig) -> bool:
 
 
 def _loss_bytes(config: RunConfig, num_ranks: int) -> float:
-    """What a rank sends for the loss, forward and backward: kernels/README.md, "Over ranks"."""
+    """What a rank sends for the contrastive terms, forward and backward: kernels/README.md, "Over ranks"."""
     if num_ranks == 1:
         return 0.0
-    loss, dim, views = config.loss, config.model.embed_dim, len(config.data.views)
-    positives = loss.duplicates == "positive"
+    loss, model, pairs = config.loss, config.model, config.data.text_pairs
+    # of each: width of a column, columns a pair, duplicates
+    terms = [(loss.kind, model.embed_dim, len(config.data.views), loss.duplicates)]
+    if model.projector:
+        terms.append(("softmax", model.projector.dim, 2, "ignore"))
+    if pairs.sources:
+        terms.append(("softmax", model.embed_dim, 1 + pairs.num_negatives, "negative"))
+    return sum(_term_bytes(config, num_ranks, *term) for term in terms)
+
+
+def _term_bytes(config: RunConfig, num_ranks: int, kind: str, dim: int, columns_a_pair: int, duplicates: str) -> float:
+    loss = config.loss
+    positives = duplicates == "positive"
     # of a column: features, validity and id; then what is added to on the way
-    fixed = dim * (2 if loss.compute_dtype == "bf16" else _FP32_BYTES) + 1 + 8 * (loss.duplicates != "negative")
+    fixed = dim * (2 if loss.compute_dtype == "bf16" else _FP32_BYTES) + 1 + 8 * (duplicates != "negative")
     statistics, terms, gradient = 16 if positives else 8, 8 if positives else 4, _FP32_BYTES * dim
-    tours = [(fixed, gradient)] if loss.kind == "sigmoid" else [(fixed, statistics), (fixed + terms, gradient)]
+    tours = [(fixed, gradient)] if kind == "sigmoid" else [(fixed, statistics), (fixed + terms, gradient)]
     # around a ring what is carried must also come home
     homeward = num_ranks if uses_ring(config.loss, num_ranks) else num_ranks - 1
-    columns = views * config.train.share(num_ranks)
+    columns = columns_a_pair * config.train.share(num_ranks)
     return float(columns * sum((num_ranks - 1) * there + homeward * back for there, back in tours))
 
 

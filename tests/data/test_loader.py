@@ -254,7 +254,8 @@ def test_batches_of_texts_are_cut_like_those_of_images(tiny_config, tmp_path):
         assert torch.equal(pairs_valid_B[:8], batch.pairs_valid_B)
         assert not pairs_valid_B[8:].any()
         faults += batch.faults
-    assert {(fault.source, fault.cause, fault.sample) for fault in faults} == {("rows", "empty_caption", 3)}
+        assert batch.counts["text_pairs/rows"] == batch.pairs_valid_B.sum() == len(list(filter(None, batch.pairs_keys)))
+    assert {(fault.source, fault.cause, fault.sample) for fault in faults} == {("text_pairs/rows", "empty_caption", 3)}
 
 
 def test_the_loader_says_where_its_time_goes(tiny_config):

@@ -168,7 +168,7 @@ def _watched_engine(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (Engine, "backward", BACKWARD),
         (Engine, "step", STEP),
     ]
-    parts.append((step, "contrastive", LOSS))
+    parts.append((step, "batch_terms", LOSS))
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.autograd, "backward", loss_backward))
         for owner, name, part in parts:

@@ -30,7 +30,7 @@ def measure(job: PeerJob) -> Answer:
             (engine.Engine, "__call__", FORWARD),
             (engine.Engine, "backward", BACKWARD),
             (engine.Engine, "step", STEP),
-            (step, "contrastive", LOSS),
+            (step, "batch_terms", LOSS),
         ):
             stack.enter_context(patch.object(owner, name, window.watch.timed(getattr(owner, name), part)))
         loader = _in_memory(config, window) if job.source == "memory" else _watched(window)
