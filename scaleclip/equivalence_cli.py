@@ -41,7 +41,7 @@ def verify_equivalence(
     from scaleclip.config_rules import validate
     from scaleclip.equivalence.layouts import SCHEDULES, STAGES, grid, pairwise
     from scaleclip.equivalence.shrink import shrink
-    from scaleclip.equivalence.verify import LIMIT, Verifier
+    from scaleclip.equivalence.verify import LATER_LIMIT, LIMIT, Verifier
     from scaleclip.files import resolve_path
     from scaleclip.stages import stages_of
 
@@ -72,7 +72,8 @@ def verify_equivalence(
     if beyond:
         names = ", ".join(f"{name} ({count})" for name, count in beyond.most_common())
         raise RunError(
-            f"{beyond.total()} of {len(verdicts)} layouts differ by more than {LIMIT:.0e}; the parameters whose gradients are "
+            f"{beyond.total()} of {len(verdicts)} layouts differ by more than {LIMIT:.0e} ({LATER_LIMIT:.0e} for gradients after "
+            f"the first step); the parameters whose gradients are "
             f"furthest away, with the number of layouts: {names}"
         )
 

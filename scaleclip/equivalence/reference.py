@@ -64,9 +64,11 @@ def _loss(model: DualEncoder, config: RunConfig, chunks: Sequence[Batch], step: 
         torch.manual_seed(int(hash64(config.run.seed, step, first_slot)[0]))
         encoded.append(model(*inputs_of(chunk)))
         first_slot += len(chunk.valid_B)
-    rows = [torch.cat(parts) for parts in zip(*(features.rows() for features in encoded), strict=True)]
+    # batch norm and its ReLUs make much of rounding: the truth has none of it
+    rows = [torch.cat(parts).double() for parts in zip(*(features.rows() for features in encoded), strict=True)]
     labels = Labels.cat([Labels(chunk.ids_B, chunk.valid_B, chunk.pairs_valid_B) for chunk in chunks])
-    loss = plain_terms(encoded[-1].replaced(rows, encoded[-1].whole()), labels, config.loss)
+    whole = [value.double() for value in encoded[-1].whole()]
+    loss = plain_terms(encoded[-1].replaced(rows, whole), labels, config.loss)
     if config.model.caption_decoder:
         num_tokens = sum(int(chunk.caption_lengths_B.sum()) for chunk in chunks if chunk.caption_lengths_B is not None)
         sums = [features.caption_loss for features in encoded if features.caption_loss is not None]

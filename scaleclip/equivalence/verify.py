@@ -12,6 +12,9 @@ from scaleclip.local_ranks import run_ranks
 
 LIMIT = 1e-5
 """What the differences of loss, gradients and parameters may be: fp32's rounding in another order, and no more."""
+LATER_LIMIT = 5e-5
+"""Of gradients after the first step, in which AdamW moves an element by the learning rate however small its gradient is: one that
+is mostly rounding goes anywhere, and batch norm over a few pairs (SLIP) makes much of that."""
 
 
 class Verdict(NamedTuple):
@@ -30,7 +33,9 @@ class Verdict(NamedTuple):
     def holds(self) -> bool:
         """Whether every difference is within the limit."""
         found = self.differences
-        return all(value <= LIMIT for value in (found.loss, *found.gradients, found.parameters))
+        first, *later = found.gradients
+        at_once = all(value <= LIMIT for value in (found.loss, first, found.parameters))
+        return at_once and all(value <= LATER_LIMIT for value in later)
 
 
 class Verifier:
