@@ -72,9 +72,8 @@ def verify_equivalence(
     if beyond:
         names = ", ".join(f"{name} ({count})" for name, count in beyond.most_common())
         raise RunError(
-            f"{beyond.total()} of {len(verdicts)} layouts differ by more than {LIMIT:.0e} ({LATER_LIMIT:.0e} for gradients after "
-            f"the first step); the parameters whose gradients are "
-            f"furthest away, with the number of layouts: {names}"
+            f"{beyond.total()} of {len(verdicts)} layouts differ by more than {LIMIT:.0e} ({LATER_LIMIT:.0e} for gradients "
+            f"after the first step); the parameters whose gradients are furthest away, with the number of layouts: {names}"
         )
 
 

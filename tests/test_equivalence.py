@@ -87,7 +87,11 @@ def test_a_layout_takes_the_steps_of_one_process(shrunk, layout, overrides):
     check_traffic(verdict, config)
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 5, 1, "ring"), Layout(2, 12, 0, "gather"), Layout(4, 3, 3, "ring")], ids=words)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(Layout(1, 5, 1, "ring"), marks=pytest.mark.slow), Layout(2, 12, 0, "gather"), Layout(4, 3, 3, "ring")],
+    ids=words,
+)
 def test_all_terms_together_are_those_of_one_process(shrunk, layout):
     check_objective(shrunk(*OBJECTIVES["all at once"]), layout)
 

@@ -106,6 +106,7 @@ def test_a_run_saved_by_two_ranks_under_stage_3_goes_on_in_another_layout(
     assert_same_curve(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @goes_on_from_two
 def test_a_run_saved_under_stage_3_goes_on_bit_for_bit_in_the_same_layout(tiny_config_path, saved_by_two, tmp_path):
     overrides = [SPLITS, "train.zero_stage=3", "train.micro_batch=2"]

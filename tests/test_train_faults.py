@@ -58,6 +58,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_its_message(tiny_config_path, tmp
     assert not list((tmp_path / "checkpoints").glob("*step_*"))
 
 
+@pytest.mark.slow
 def test_bad_samples_are_counted_in_the_metrics_and_stop_the_run_beyond_the_limit(tiny_config, shards, tmp_path):
     write_tar(shards / "00001.tar", [make_sample(i, jpg=b"\xff\xd8\xffno") for i in range(9, 13)])
     folder = tmp_path / "run"

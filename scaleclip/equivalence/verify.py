@@ -13,8 +13,8 @@ from scaleclip.local_ranks import run_ranks
 LIMIT = 1e-5
 """What the differences of loss, gradients and parameters may be: fp32's rounding in another order, and no more."""
 LATER_LIMIT = 5e-5
-"""Of gradients after the first step, in which AdamW moves an element by the learning rate however small its gradient is: one that
-is mostly rounding goes anywhere, and batch norm over a few pairs (SLIP) makes much of that."""
+"""Of gradients after the first step, in which AdamW moves an element by the learning rate however small its gradient is: one
+that is mostly rounding goes anywhere, and batch norm over a few pairs (SLIP) makes much of that."""
 
 
 class Verdict(NamedTuple):

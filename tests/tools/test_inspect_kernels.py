@@ -435,6 +435,7 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_gate_of_one_kernel(tmp_path: Path) -> None:
     """Compiled here and now, compared with what was recorded."""
     path, dump = tmp_path / "found.csv", tmp_path / "dump"
