@@ -46,6 +46,7 @@ _AUGMENT, _PATCHES = 0, 1
 _AUGMENTED_VIEWS = 2
 _GRACE_S = 60
 _START_S = 30.0
+_LOCK_S = 1.0
 _MOST_DEATHS = 5
 _REAP_S = 1.0
 _WORKER_DIED = "exited unexpectedly"  # as torch.utils.data says it
@@ -326,6 +327,7 @@ class TrainBatches(Iterator[Batch]):
             except (RuntimeError, OSError, EOFError) as error:
                 if not self._is_death(error):
                     raise
+                _kill(self._batches)
                 self._count_lost_workers(repr(error))
                 self.close()
                 self._start()
@@ -366,10 +368,9 @@ class TrainBatches(Iterator[Batch]):
             if all(started.acquire(timeout=_START_S) for _ in range(self._config.workers)):
                 return batches
             # a fork may copy a lock of the interpreter's that another thread holds just then, and wait for it for ever
-            self._count_lost_workers(f"a loader process did not start within {_START_S:.0f} s")
-            for worker in getattr(batches, "_workers", []):
-                worker.kill()
+            _kill(batches)
             _shut_down(batches)
+            self._count_lost_workers(f"a loader process did not start within {_START_S:.0f} s")
 
     def _fork_workers(self, started: Semaphore) -> Iterator[Batch]:
         workers = self._config.workers
@@ -390,6 +391,8 @@ class TrainBatches(Iterator[Batch]):
             )
         )
         signal.signal(signal.SIGCHLD, handler)
+        if workers:
+            vars(batches)["_workers_done_event"] = _DoneEvent(vars(batches)["_workers_done_event"])
         return batches
 
     def _is_death(self, error: Exception) -> bool:
@@ -447,6 +450,28 @@ def _concept_id(name: str) -> int:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+class _DoneEvent:
+    """torch's event that tells loader processes to end, as the training process sees it: a process that is killed while it
+    looks at the event keeps its lock, and torch would wait for that."""
+
+    def __init__(self, event: Any) -> None:
+        self._event, self._is_set = event, False
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        if self._event._cond.acquire(True, _LOCK_S):
+            self._event._cond.release()
+            self._event.set()
+
+
+def _kill(batches: Iterator[Batch]) -> None:
+    for worker in getattr(batches, "_workers", []):
+        worker.kill()
 
 
 def _shut_down(batches: Iterator[Batch]) -> None:

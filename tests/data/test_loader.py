@@ -322,6 +322,18 @@ def test_a_killed_worker_loses_nothing(tiny_config, killed_at):
         next(batches)
 
 
+def test_a_worker_that_dies_while_it_holds_a_lock_is_replaced(tiny_config):
+    config, dataset = open_dataset(tiny_config, ["data.workers=1"])
+    batches = TrainBatches(dataset, 0, 4, config.data)
+    # as if the process had been killed while it asked whether to end
+    batches._batches._workers_done_event._event._cond.acquire()
+    os.kill(worker_pids(batches)[0], signal.SIGKILL)
+    for number in range(4):
+        assert_equal(next(batches), dataset[number])
+    assert batches.lost_workers >= 1
+    batches.close()
+
+
 def hang_at_start(started, worker):
     time.sleep(600)
 
