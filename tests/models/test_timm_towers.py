@@ -118,7 +118,9 @@ def test_an_architecture_for_any_size() -> None:
 )
 def test_tokens_are_places_of_a_feature_map(architecture: str, arguments: dict[str, Any]) -> None:
     """Whether timm keeps channels first or last."""
-    tower = build_image_tower(image({"architecture": architecture, "model_args": arguments}, size=64), checkpointing=False)
+    tower = build_image_tower(
+        image({"architecture": architecture, "model_args": arguments}, size=64), checkpointing=False
+    ).eval()
     pixels = torch.randn(1, 3, 64, 64)
     states = tower(pixels).states_BND
     assert states.shape == (1, 64, tower.state_width) == (1, 64, 16)
