@@ -15,8 +15,9 @@ from scaleclip.checkpoint.border import Border
 from scaleclip.checkpoint.checkpointer import Checkpointer, Found
 from scaleclip.checkpoint.state import TrainState
 from scaleclip.config import RunConfig
+from scaleclip.data.batches import TrainBatches
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.loader import TrainBatches, TrainDataset
+from scaleclip.data.loader import TrainDataset
 from scaleclip.data.source import Source
 from scaleclip.data.tally import Intake, Quarantine, Tally, merge
 from scaleclip.data.text_pairs import TEXT_PAIRS, TextPairs

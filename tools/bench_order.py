@@ -30,8 +30,9 @@ from rich.console import Console
 from bounds import Row, report
 from scaleclip.config import CacheConfig
 from scaleclip.config_io import parse_config
+from scaleclip.data.batches import TrainBatches
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.loader import TrainBatches, TrainDataset
+from scaleclip.data.loader import TrainDataset
 from scaleclip.data.manifest import write_table
 from scaleclip.data.mixture import BatchOrder, rank_slots
 from scaleclip.data.source import open_shards, open_sources

@@ -2,7 +2,7 @@
 
 python tools/measure_systems.py                            every system, seeds 0 1 2, into tools/results/systems.csv
 python tools/measure_systems.py --systems clip,laclip --seeds 0 --csv /tmp/two.csv
-python tools/measure_systems.py --table                    print the recorded figures as the table of configs/README.md
+python tools/measure_systems.py --table                    print the recorded figures as a Markdown table
 
 A run takes a core; --jobs run side by side. What is recorded already, of this seed and system, is not run again.
 """

@@ -3,8 +3,8 @@
 1. `save` copies what the rank holds into a buffer, the only time that training waits, and a thread writes it.
 2. `poll` sees that every rank has written; a thread of rank 0 then publishes the checkpoint, deletes old ones and offers it to
    the mirror.
-3. `load_newest` fills the state in place from the newest checkpoint that is whole, here or in the mirror. Where that is one of
-   the stage before, what has other shapes is resized (border.py).
+3. `find_newest` names the newest checkpoint that is whole, here or in the mirror; `load` fills the state in place. Where that
+   checkpoint is of the stage before, what has other shapes is resized (border.py).
 
 Threads use no collectives: what they find is exchanged by `poll`, `save` and `finish`, which every rank calls.
 """

@@ -14,9 +14,11 @@ import torch
 from conftest import write_tiny_config
 from helpers import make_sample, write_tar
 from scaleclip.config_io import load_config
+from scaleclip.data import batches as loading
 from scaleclip.data import loader
+from scaleclip.data.batches import TrainBatches
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.loader import TrainBatches, TrainDataset
+from scaleclip.data.loader import TrainDataset
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_sources
 from scaleclip.data.text_pairs import open_text_pairs
@@ -340,15 +342,15 @@ def hang_at_start(started, worker):
 
 def test_a_worker_that_hangs_at_its_start_is_replaced(tiny_config, monkeypatch):
     config, dataset = open_dataset(tiny_config, ["data.workers=2"])
-    start = loader._start_worker
-    monkeypatch.setattr(loader, "_START_S", 0.5)
-    monkeypatch.setattr(loader, "_start_worker", hang_at_start)
+    start = loading._start_worker
+    monkeypatch.setattr(loading, "_START_S", 0.5)
+    monkeypatch.setattr(loading, "_start_worker", hang_at_start)
 
     def next_ones_start(reason):
-        monkeypatch.setattr(loader, "_start_worker", start)
-        monkeypatch.setattr(loader, "_START_S", 30.0)
+        monkeypatch.setattr(loading, "_start_worker", start)
+        monkeypatch.setattr(loading, "_START_S", 30.0)
 
-    monkeypatch.setattr(loader._log, "warning", next_ones_start)
+    monkeypatch.setattr(loading._log, "warning", next_ones_start)
     batches = TrainBatches(dataset, 0, 12, config.data)
     assert batches.lost_workers == 1
     for number, batch in enumerate(batches):
@@ -357,9 +359,9 @@ def test_a_worker_that_hangs_at_its_start_is_replaced(tiny_config, monkeypatch):
 
 def test_workers_that_hang_at_every_start_end_the_run(tiny_config, monkeypatch):
     config, dataset = open_dataset(tiny_config, ["data.workers=1"])
-    monkeypatch.setattr(loader, "_MOST_DEATHS", 1)
-    monkeypatch.setattr(loader, "_START_S", 0.2)
-    monkeypatch.setattr(loader, "_start_worker", hang_at_start)
+    monkeypatch.setattr(loading, "_MOST_DEATHS", 1)
+    monkeypatch.setattr(loading, "_START_S", 0.2)
+    monkeypatch.setattr(loading, "_start_worker", hang_at_start)
     with pytest.raises(RunError, match=r"lost 2 times at batch 7 \(a loader process did not start within"):
         TrainBatches(dataset, 7, 12, config.data)
     for child in multiprocessing.active_children():
@@ -368,7 +370,7 @@ def test_workers_that_hang_at_every_start_end_the_run(tiny_config, monkeypatch):
 
 def test_workers_that_die_at_every_start_end_the_run(tiny_config, monkeypatch):
     config, dataset = open_dataset(tiny_config, ["data.workers=1"])
-    monkeypatch.setattr(loader, "_MOST_DEATHS", 1)
+    monkeypatch.setattr(loading, "_MOST_DEATHS", 1)
     monkeypatch.setattr(TrainDataset, "__getitem__", lambda self, batch: os.kill(os.getpid(), signal.SIGKILL))
     batches = TrainBatches(dataset, 7, 12, config.data)
     with pytest.raises(RunError, match=r"loader processes were lost 2 times at batch 7 .*data\.workers=0"):

@@ -13,8 +13,9 @@ import torch
 from object_store import ObjectStore, object_store
 from scaleclip.config_io import load_config
 from scaleclip.data import cache as cache_module
+from scaleclip.data.batches import TrainBatches
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.loader import Batch, TrainBatches, TrainDataset
+from scaleclip.data.loader import Batch, TrainDataset
 from scaleclip.data.source import open_sources
 from scaleclip.data.tokenizer import load_tokenizer
 

@@ -11,9 +11,10 @@ from conftest import write_shards, write_tiny_config
 from helpers import make_sample, write_tar
 from scaleclip.config import CacheConfig, RunConfig
 from scaleclip.config_io import load_config
+from scaleclip.data.batches import TrainBatches
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.convert import to_mds
-from scaleclip.data.loader import Batch, TrainBatches, TrainDataset
+from scaleclip.data.loader import Batch, TrainDataset
 from scaleclip.data.mixture import rank_slots
 from scaleclip.data.source import open_sources
 from scaleclip.data.subset import Choice, write_subset

@@ -135,7 +135,7 @@ def _streaming_reader(job: Job, made: Made) -> Samples:
 
 
 def _our_loader(job: Job, made: Made) -> Samples:
-    from scaleclip.data.loader import TrainBatches
+    from scaleclip.data.batches import TrainBatches
 
     dataset, config = _our_dataset(job, made)
     for batch in TrainBatches(dataset, 0, sys.maxsize, config.data):

@@ -12,7 +12,8 @@ from unittest.mock import patch
 from scaleclip import engine, step, train
 from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config
-from scaleclip.data.loader import Batch, TrainBatches
+from scaleclip.data.batches import TrainBatches
+from scaleclip.data.loader import Batch
 from scaleclip.metrics import read_rows
 from train_bench.points import BACKWARD, FORWARD, LOSS, STEP, Answer, PeerJob
 from train_bench.ready_batch import ready_batch
