@@ -9,7 +9,7 @@ from math import gcd
 from typing import Any
 from unittest.mock import patch
 
-from scaleclip import engine, step, train
+from scaleclip import engine, step, train, train_stage
 from scaleclip.config import RunConfig
 from scaleclip.config_io import parse_config
 from scaleclip.data.batches import TrainBatches
@@ -35,7 +35,7 @@ def measure(job: PeerJob) -> Answer:
         ):
             stack.enter_context(patch.object(owner, name, window.watch.timed(getattr(owner, name), part)))
         loader = _in_memory(config, window) if job.source == "memory" else _watched(window)
-        stack.enter_context(patch.object(train, "TrainBatches", loader))
+        stack.enter_context(patch.object(train_stage, "TrainBatches", loader))
         folder = train.train(config)
     rows = read_rows(folder)
     inside = [row for row in rows if job.warm_up + job.log_every <= row["step"] <= job.warm_up + job.steps]
