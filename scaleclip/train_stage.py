@@ -25,8 +25,9 @@ from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.distributed import World
 from scaleclip.engine import Engine
 from scaleclip.errors import RunError, Stopped
+from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.evaluate import evaluate
-from scaleclip.evaluation.results import write_results
+from scaleclip.evaluation.results import Figure, write_results
 from scaleclip.evaluation.splits import SplitData
 from scaleclip.fit import choose_micro_batch, explain_full_memory
 from scaleclip.guard import BadSteps, StopSignal, Watchdog, record_bad_steps
@@ -118,7 +119,7 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
     Raises:
         see scaleclip.train.train.
     """
-    config, world, checkpointer, splits = stage.config, run.world, run.checkpointer, run.splits
+    config, world, checkpointer = stage.config, run.world, run.checkpointer
     micro_batch = choose_micro_batch(config, world)
     with distributed.all_or_none():
         dataset = TrainDataset(
@@ -156,6 +157,10 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
         dataset, *_items(state, stage, dataset), config.data, pin_memory=pin_memory, local_ranks=world.local_size
     )
     intake = Intake(batches)
+
+    def evaluate_model() -> list[Figure]:
+        return evaluate(Encoder(engine.whole_model(), data.tokenizer, config.model.image.size, config.eval.batch), run.splits)
+
     run.begin(state)
     status, metrics = run.status, run.metrics
     peak = peak_tflops(world.device)
@@ -273,13 +278,13 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
                     raise Stopped(signals, state.step)
                 if evaluate_now:
                     with watchdog.paused():
-                        figures = evaluate(engine.whole_model(), data.tokenizer, splits, config)
+                        figures = evaluate_model()
                     with distributed.all_or_none():
                         if metrics:
                             metrics.write_figures(state.step, figures)
                 collect()
                 interval_start, logged_step = time.perf_counter(), state.step
-        figures = evaluate(engine.whole_model(), data.tokenizer, splits, config)
+        figures = evaluate_model()
         is_done = state.step == run.total_steps
         if is_done:
             checkpointer.finish()

@@ -7,7 +7,7 @@ from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainDataset
 from scaleclip.data.source import open_sources
 from scaleclip.errors import ConfigError
-from scaleclip.evaluate_run import load_newest
+from scaleclip.trained_model import load_newest
 
 
 class Written(NamedTuple):

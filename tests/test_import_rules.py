@@ -44,8 +44,9 @@ MAY_IMPORT = {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "losses", "models", "optim", "scaleclip_kernels",
         "step",
     },
-    "evaluate_run": {"checkpoint", "config", "data", "evaluation", "models", "run_folder", "stages"},
-    "written_captions": {"data", "evaluate_run"},
+    "trained_model": {"checkpoint", "config", "data", "models", "run_folder", "stages"},
+    "evaluate_run": {"checkpoint", "data", "evaluation", "run_folder", "trained_model"},
+    "written_captions": {"data", "trained_model"},
     "captions_cli": {"cli_arguments", "written_captions"},
     "report": {"evaluation", "metrics"},
     "train": {

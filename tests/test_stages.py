@@ -452,6 +452,6 @@ def test_a_checkpoint_is_evaluated_as_the_stage_that_saved_it(two_stages, monkey
     checkpointer = Checkpointer(folder, world, config.checkpoint, {}).attach(lambda: Shard(fragments, {}))
     checkpointer.save(TrainState(step=step))
     checkpointer.finish()
-    monkeypatch.setattr(evaluate_run, "evaluate", lambda model, tokenizer, splits, config: [config.model.image.size])
+    monkeypatch.setattr(evaluate_run, "evaluate", lambda encoder, splits: [encoder.size])
     monkeypatch.setattr(evaluate_run, "open_splits", lambda *_: [])
     assert evaluate_run.evaluate_newest(folder, ["a split"]) == (step, [size])

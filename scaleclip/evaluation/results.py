@@ -16,8 +16,12 @@ class Figure(NamedTuple):
     value: float
     chance: float
     """What a random answer gives."""
-    majority: float | None
+    majority: float | None = None
     """What always answering the most frequent class gives; None for retrieval."""
+    low: float | None = None
+    """Lower end of the figure's 95 % interval; None where none was made."""
+    high: float | None = None
+    """Upper end."""
 
 
 def write_results(folder: Path, step: int, figures: Sequence[Figure]) -> None:
