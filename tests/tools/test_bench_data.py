@@ -75,6 +75,7 @@ def a_job(made: tuple[Path, shards.Made], task: str, pipeline: str, form: str, w
         ("whole", OURS, "mds", 2),
         ("whole", OPEN_CLIP, "tar", 0),
         ("whole", OPEN_CLIP, "tar", 2),
+        ("views", OURS, "tar", 0),
     ],
 )
 def test_every_pipeline_goes_over_all_samples(

@@ -38,6 +38,7 @@ def measure(job: Job, made: Made) -> Answer:
         ("reader", STREAMING): _streaming_reader,
         ("whole", OURS): _our_loader,
         ("whole", OPEN_CLIP): _open_clip_loader,
+        ("views", OURS): _our_loader,
     }
     samples = makers[point.task, point.pipeline](job, made)
     return {"whole": _timed(samples, job.least_cpu_s, made.samples)}
@@ -92,7 +93,11 @@ def _our_dataset(job: Job, made: Made) -> tuple[Any, Any]:
                 "workers": job.point.workers,
                 "canonical_streams": min(128, job.batch),
             },
-            "model": {"image": {"size": job.crop}, "text": {"context_length": CONTEXT_LENGTH}},
+            "model": {
+                "image": {"size": job.crop},
+                "text": {"context_length": CONTEXT_LENGTH},
+                "projector": {} if job.point.task == "views" else None,  # which the loader makes further views for
+            },
             "train": {"global_batch": job.batch, "samples": made.samples},
         }
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Task = Literal["reader", "stages", "whole"]
+Task = Literal["reader", "stages", "whole", "views"]
 Format = Literal["tar", "mds"]
 OURS, OPEN_CLIP, WEBDATASET, STREAMING = "scaleclip", "open_clip", "webdataset", "streaming"
 READERS = {"tar": (OURS, WEBDATASET), "mds": (OURS, STREAMING)}

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from rich.progress import Progress
 
 from data_bench import records, shards
-from data_bench.points import PIPELINES, READERS, Answer, Format, Job, Point, Task
+from data_bench.points import OURS, PIPELINES, READERS, Answer, Format, Job, Point, Task
 from loss_bench.summary import About
 
 TOOLS = Path(__file__).parent.parent
@@ -46,8 +46,8 @@ class Plan:
         found = []
         for task in self.tasks:
             for form in self.formats:
-                pipelines = {"reader": READERS[form], "stages": PIPELINES[form], "whole": PIPELINES[form]}[task]
-                for workers in self.workers if task == "whole" else (0,):
+                pipelines = {"reader": READERS[form], "views": (OURS,)}.get(task, PIPELINES[form])
+                for workers in self.workers if task in ("whole", "views") else (0,):
                     found += [Point(task, pipeline, form, size, workers) for pipeline in pipelines]
         return found
 
