@@ -1,6 +1,6 @@
 """Processor time of the data loader, against open_clip's training pipeline and plain webdataset on the same shards.
 
-python tools/bench_data.py                                      readers, stages, pipelines with one view and three at 256, 512, 1024 px
+python tools/bench_data.py                                      readers, stages, pipelines, SimCLR's views at 256, 512, 1024 px
 python tools/bench_data.py --workers 0,1,2 --csv data.csv --plot data.png
 python tools/bench_data.py --format tar,mds --task whole        MosaicML's shards too
 python tools/bench_data.py --from-csv data.csv --plot data.png  only draw
@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         type=list_of(one_of(*get_args(Task))),
         default=list(get_args(Task)),
         metavar="NAMES",
-        help="reader: samples as bytes; stages: a pipeline's parts; whole: a training pipeline; views: with SimCLR's two further "
-        "views of each image (default: all four)",
+        help="reader: samples as bytes; stages: a pipeline's parts; whole: a training pipeline; "
+        "views: one with SimCLR's two further views of each image (default: all four)",
     )
     what.add_argument(
         "--size", type=list_of(positive), default=[256, 512, 1024], metavar="PIXELS", help="(default: 256,512,1024)"

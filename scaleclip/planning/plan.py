@@ -27,14 +27,14 @@ LINK_SHARE = 0.8
 SAMPLES_PER_CPU_S = {256: 1564, 512: 673, 1024: 368}
 """Pairs a second and core from JPEG shards to batches, by height and width of the stored images in pixels. Measured on an AMD
 EPYC, tools/results/data_cpu.csv."""
+SAMPLES_WITH_VIEWS_PER_CPU_S = {256: 89, 512: 74, 1024: 55}
+"""The same with SimCLR's two further views of each image, whose colours and blur take most of the time."""
 JPEG_BYTES_PER_PX = {256: 0.2047, 512: 0.1503, 1024: 0.1199}
 """Of the images of that record."""
 # of an N x n x E matrix, forward and backward (kernels/README.md)
 _LOSS_PRODUCTS = {"softmax": 4, "sigmoid": 3}
 # of N samples' two views against two of the n on a rank
 _VIEWS_TO_VIEWS = 4
-# crops of an image, of which two are the projector's
-_CROPS = 3
 _FP32_BYTES = 4
 
 
@@ -131,6 +131,8 @@ class Plan(NamedTuple):
     """Of the device in the run's precision."""
     num_loaders: int
     """Processes that read and decode for a device, a core each."""
+    pairs_per_core_s: int
+    """That one of them makes."""
     steps: int
     """Of the run."""
     samples: int
@@ -181,7 +183,7 @@ class Plan(NamedTuple):
     @property
     def cpu_cores_needed(self) -> float:
         """For each device, so that data takes no longer than the rest."""
-        return self._device_pairs_per_s / SAMPLES_PER_CPU_S[self.assumptions.image_px]
+        return self._device_pairs_per_s / self.pairs_per_core_s
 
     @property
     def data_bytes_per_s(self) -> float:
@@ -237,6 +239,7 @@ def plan(config: RunConfig, num_ranks: int, device: Device, assumptions: Assumpt
         busy_s=busy_s,
         peak_flops_per_s=peak,
         num_loaders=_num_loaders(config),
+        pairs_per_core_s=_pairs_per_core_s(config, assumptions),
         steps=config.train.steps,
         samples=config.train.steps * config.train.global_batch,
     )
@@ -300,7 +303,7 @@ def _seconds(
         gradients=traffic.gradients / collective,
         parameters=traffic.parameters / collective,
         loss=traffic.loss / (hop if uses_ring(config.loss, num_ranks) else collective),
-        data=share * (_CROPS if config.model.projector else 1) / (cores * SAMPLES_PER_CPU_S[assumptions.image_px]),
+        data=share / (cores * _pairs_per_core_s(config, assumptions)),
     )
     exposed_s = max(terms.gradients - (backward_s if overlaps(config) else 0.0), 0.0)
     exposed_s += max(terms.parameters - (towers_s if config.train.zero_stage == 3 else 0.0), 0.0)
@@ -310,6 +313,11 @@ def _seconds(
 
 def _cpu_cores(device: Device, assumptions: Assumptions) -> float:
     return device.cpu_cores if assumptions.cpu_cores is None else assumptions.cpu_cores
+
+
+def _pairs_per_core_s(config: RunConfig, assumptions: Assumptions) -> int:
+    rates = SAMPLES_PER_CPU_S if config.model.projector is None else SAMPLES_WITH_VIEWS_PER_CPU_S
+    return rates[assumptions.image_px]
 
 
 def _num_loaders(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 
 from scaleclip.planning.memory import StepMemory
-from scaleclip.planning.plan import LINK_SHARE, MEMORY_SHARE, SAMPLES_PER_CPU_S, Plan
+from scaleclip.planning.plan import LINK_SHARE, MEMORY_SHARE, Plan
 
 Unit = Literal["FLOP", "FLOP/s", "B", "B/s", "s", "1/s", "%", "", "h", "days"]
 Basis = Literal["counted", "measured", "data sheet", "assumed", "estimated"]
@@ -66,7 +66,7 @@ def figures(plan: Plan) -> list[Figure]:
             ("CPU cores", plan.cpu_cores, "", "assumed" if own_cores else device.server_basis, "for a device's loader"),
             ("loader processes", plan.num_loaders, "", "counted", "data.workers, a core each"),
             (
-                "pairs a core", SAMPLES_PER_CPU_S[taken.image_px], "1/s", "measured",
+                "pairs a core", plan.pairs_per_core_s, "1/s", "measured",
                 f"JPEGs of {taken.image_px} px; data_cpu.csv",
             ),
         ],

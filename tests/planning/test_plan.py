@@ -12,7 +12,15 @@ from scaleclip.config_io import load_config
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.plan_cli import plan as plan_command
 from scaleclip.planning.devices import device_names, load_device
-from scaleclip.planning.plan import JPEG_BYTES_PER_PX, SAMPLES_PER_CPU_S, Assumptions, _loss_bytes, plan, sweep
+from scaleclip.planning.plan import (
+    JPEG_BYTES_PER_PX,
+    SAMPLES_PER_CPU_S,
+    SAMPLES_WITH_VIEWS_PER_CPU_S,
+    Assumptions,
+    _loss_bytes,
+    plan,
+    sweep,
+)
 from scaleclip.planning.tables import data_advice, figures
 
 ROOT = Path(__file__).parents[2]
@@ -119,12 +127,20 @@ def test_data_limits_where_loaders_are_few(workers, cores, advice):
     assert found.terms.data == pytest.approx(512 / 673 / min(max(workers, 1), cores))
 
 
-def test_rates_of_data_are_those_of_the_record():
+@pytest.mark.parametrize(("task", "rates"), [("whole", SAMPLES_PER_CPU_S), ("views", SAMPLES_WITH_VIEWS_PER_CPU_S)])
+def test_rates_of_data_are_those_of_the_record(task, rates):
     with (ROOT / "tools/results/data_cpu.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == "whole" and row["pipeline"] == "scaleclip"]
+        rows = [row for row in csv.DictReader(file) if row["task"] == task and row["pipeline"] == "scaleclip"]
     alone = {int(row["size"]): row for row in rows if row["format"] == "tar" and row["workers"] == "0"}
-    assert {size: round(1e6 / float(row["cpu_us_p50"])) for size, row in alone.items()} == SAMPLES_PER_CPU_S
+    assert {size: round(1e6 / float(row["cpu_us_p50"])) for size, row in alone.items()} == rates
     assert {size: float(row["bytes_per_pixel"]) for size, row in alone.items()} == JPEG_BYTES_PER_PX
+
+
+def test_views_of_simclr_take_the_loaders_longer():
+    simclr = plan(load_config(ROOT / "configs/slip.yaml"), 64, load_device("h100"), Assumptions())
+    cores = min(simclr.num_loaders, simclr.cpu_cores)
+    assert simclr.terms.data == pytest.approx(simclr.share / (cores * 74))
+    assert simclr.cpu_cores_needed == pytest.approx(simclr.share / simclr.busy_s / 74)
 
 
 def test_devices_have_sources_and_a_misspelt_one_a_hint():
