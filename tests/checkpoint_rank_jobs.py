@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from fake_shards import KINDS, LAYOUTS, SHAPES, assert_equal, blank, make_whole, tensors_of
+from fake_shards import KINDS, LAYOUTS, SHAPES, assert_equal, blank, load_newest, make_whole, tensors_of
 from scaleclip import distributed
 from scaleclip.checkpoint import checkpointer as checkpointer_module
 from scaleclip.checkpoint.border import Border
@@ -52,7 +52,7 @@ def load(folder: Path, layout: str, seed: int) -> Any:
     world = distributed.init()
     expected = LAYOUTS[layout](make_whole(seed), world.rank, world.size)
     shard = blank(expected)
-    state = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard).load_newest()
+    state = load_newest(Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard))
     assert_equal(shard, expected)
     return state
 
@@ -83,7 +83,7 @@ def verify_shares(folder: Path) -> list[str]:
     world = distributed.init()
     shard = blank(LAYOUTS["cut each"](make_whole(0), world.rank, world.size))
     with mock.patch.object(checkpointer_module, "first_fault", wraps=first_fault) as watched:
-        Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard).load_newest()
+        load_newest(Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard))
     return [name for call in watched.call_args_list for name in call.args[1]]
 
 
@@ -102,7 +102,7 @@ def save_one_element(folder: Path) -> None:
 def load_one_element(folder: Path) -> float:
     """The element's value."""
     shard = _one_element(0.0)
-    Checkpointer(folder, distributed.init(), CheckpointConfig(), {}).attach(lambda: shard).load_newest()
+    load_newest(Checkpointer(folder, distributed.init(), CheckpointConfig(), {}).attach(lambda: shard))
     return shard.fragments[0].tensors["weight"].item()
 
 
@@ -114,7 +114,7 @@ def cross(folder: Path, seed: int, step: int) -> str:
     border = Border(step, True, lambda name, whole, shape: whole[:, :2, 0, 0])
     checkpointer = Checkpointer(folder, world, CheckpointConfig(), {}).attach(lambda: shard)
     with mock.patch.object(checkpointer_module.log, "info") as info:
-        assert checkpointer.load_newest(border=border) is not None
+        assert load_newest(checkpointer, border=border) is not None
     whole = make_whole(seed)
     whole["conv"] = {kind: tensor[:, :2, 0, 0] for kind, tensor in whole["conv"].items()}
     whole["conv"]["exp_avg_sq"] = whole["conv"]["exp_avg_sq"].clamp(min=0)

@@ -10,6 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scaleclip.checkpoint import loading
+from scaleclip.checkpoint.border import Border
+from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.folders import partial, publish, write_durable
 from scaleclip.checkpoint.rank_file import rank_file
 from scaleclip.checkpoint.shard import Fragment, Shard, share
@@ -129,6 +131,15 @@ def write(folder: Path, shards: list[Shard], step: int = 4) -> Path:
     digests[STATE] = write_durable(partial(path) / STATE, [encode(TrainState(step=step))])
     publish(path, digests)
     return path
+
+
+def load_newest(checkpointer: Checkpointer, border: Border | None = None) -> TrainState | None:
+    """Fill the checkpointer's shard from the newest whole checkpoint; its state, or None without any."""
+    found = checkpointer.find_newest()
+    if found is None:
+        return None
+    checkpointer.load(found, border)
+    return found.state
 
 
 def _fragment(name: str, whole: Whole, tensors: Mapping[str, Tensor], start: int, is_replicated: bool) -> Fragment:

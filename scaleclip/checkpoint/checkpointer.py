@@ -164,15 +164,6 @@ class Checkpointer:
         if self._mirror and self._mirror.missing:
             log.warning("%s is not in checkpoint.mirror=%s: copy it there", self._mirror.missing, self._config.mirror)
 
-    def load_newest(self, *, ask_mirror: bool = True, border: Border | None = None) -> TrainState | None:
-        """Fill the shard from the newest whole checkpoint (see `find_newest` and `load`) and return its state; None when the
-        run has no checkpoint at all."""
-        found = self.find_newest(ask_mirror=ask_mirror)
-        if found is None:
-            return None
-        self.load(found, border)
-        return found.state
-
     def find_newest(self, *, ask_mirror: bool = True) -> Found | None:
         """The newest whole checkpoint; None when the run has none at all.
 

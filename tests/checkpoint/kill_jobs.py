@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-from fake_shards import LAYOUTS, assert_equal, blank, make_whole, write_step
+from fake_shards import LAYOUTS, assert_equal, blank, load_newest, make_whole, write_step
 from scaleclip.checkpoint.checkpointer import Checkpointer
 from scaleclip.checkpoint.folders import damage
 from scaleclip.checkpoint.state import TrainState
@@ -121,7 +121,7 @@ def run(folder: Path, world: World, store: Path, mirror: str, notes: Notes, is_l
     expected = LAYOUTS["cut together"](make_whole(0, SHAPES), world.rank, world.size)
     shard = blank(expected)
     checkpointer = Checkpointer(folder, world, CheckpointConfig(keep=2, mirror=mirror), {}).attach(lambda: shard)
-    state = checkpointer.load_newest() or TrainState()
+    state = load_newest(checkpointer) or TrainState()
     if state.step:
         write_step(expected, state.step)
         assert_equal(shard, expected)

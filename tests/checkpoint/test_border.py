@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fake_shards import FROZEN, LAYOUTS, SHAPES, Whole, assert_equal, blank, make_whole, write
+from fake_shards import FROZEN, LAYOUTS, SHAPES, Whole, assert_equal, blank, load_newest, make_whole, write
 from scaleclip.checkpoint.border import Border, Changes, fill_across, merge
 from scaleclip.checkpoint.loading import Reader, rank_files
 from scaleclip.checkpoint.rank_file import read_pieces
@@ -146,10 +146,10 @@ def test_only_the_borders_own_step_is_lenient(open_run, caplog, step):
     border = Border(7, False, lambda name, whole, shape: whole.flatten()[:5])
     if step == 8:
         with pytest.raises(RunError, match=r"has conv with shape \(2, 3, 3, 3\), this model with \(5,\)"):
-            second.checkpointer.load_newest(border=border)
+            load_newest(second.checkpointer, border=border)
         return
     with caplog.at_level(logging.INFO, "scaleclip"):
-        state = second.checkpointer.load_newest(border=border)
+        state = load_newest(second.checkpointer, border=border)
     assert state is not None
     assert (state.step, state.faults) == (7, {"tiny/missing": 7})
     assert "a stage begins at step 7: optimizer state reset; resized: conv" in caplog.text
@@ -159,7 +159,7 @@ def test_only_the_borders_own_step_is_lenient(open_run, caplog, step):
         assert torch.equal(fragment.tensors["weight"], before[fragment.name].tensors["weight"][: fragment.length])
         assert not any(tensor.any() for tensor in moments)
     with pytest.raises(RunError, match="has conv with shape"):
-        second.checkpointer.load_newest()
+        load_newest(second.checkpointer)
 
 
 def test_a_checkpoint_that_the_stage_itself_saved_at_the_border_loads_too(open_run):
@@ -167,5 +167,5 @@ def test_a_checkpoint_that_the_stage_itself_saved_at_the_border_loads_too(open_r
     first = open_run()
     first.save(7)
     second = open_run()
-    assert second.checkpointer.load_newest(border=Border(7, True, fit)) is not None
+    assert load_newest(second.checkpointer, border=Border(7, True, fit)) is not None
     assert_equal(second.shard, first.expected(7))

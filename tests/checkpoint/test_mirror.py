@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from fake_shards import assert_equal
+from fake_shards import assert_equal, load_newest
 from object_store import BUCKET, object_store
 from scaleclip.checkpoint import checkpointer
 from scaleclip.checkpoint import mirror as module
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 def test_every_checkpoint_is_sent_and_old_ones_deleted(open_run, mirror):
     run = open_run(mirror=str(mirror), keep=2)
-    assert run.checkpointer.load_newest() is None
+    assert load_newest(run.checkpointer) is None
     for step in (1, 2, 3, 4):
         run.save(step)
     assert names(mirror) == ["step_00000003", "step_00000004"]
@@ -53,15 +53,15 @@ def test_a_mirror_with_another_runs_checkpoints_is_refused(open_run, mirror, own
     other = {"optim.lr": 2.0, "old.key": 1}
     open_run("other", origin=other).save(*own_steps)
     with pytest.raises(ConfigError, match=r"holds another run's checkpoints \(differing: optim.lr\): name another place"):
-        open_run("other", mirror=str(mirror), origin=other).checkpointer.load_newest()
+        load_newest(open_run("other", mirror=str(mirror), origin=other).checkpointer)
     assert names(mirror) == ["step_00000001", "step_00000002"]
-    assert open_run("third", mirror=str(mirror), origin={"optim.lr": 1.0}).checkpointer.load_newest().step == 2
+    assert load_newest(open_run("third", mirror=str(mirror), origin={"optim.lr": 1.0}).checkpointer).step == 2
 
 
 def test_what_a_start_could_not_send_the_next_one_sends(open_run, mirror):
     open_run().save(1)
     second = open_run(mirror=str(mirror))
-    assert second.checkpointer.load_newest().step == 1
+    assert load_newest(second.checkpointer).step == 1
     second.checkpointer.finish()
     assert names(mirror) == ["step_00000001"]
 
@@ -71,7 +71,7 @@ def test_a_mirror_that_never_answers_does_not_hold_up_a_run_with_checkpoints(ope
     monkeypatch.setattr(checkpointer, "STANDSTILL_S", 0.1)
     monkeypatch.setattr(module.Mirror, "fetch_newer", lambda *_: time.sleep(30))
     begin = time.monotonic()
-    assert open_run(mirror=str(mirror)).checkpointer.load_newest().step == 1
+    assert load_newest(open_run(mirror=str(mirror)).checkpointer).step == 1
     assert time.monotonic() - begin < 10
 
 
@@ -80,7 +80,7 @@ def test_a_lost_run_comes_back_from_its_mirror(open_run, mirror):
     first.save(1, 2)
     shutil.rmtree(first.folder)
     second = open_run(mirror=str(mirror))
-    state = second.checkpointer.load_newest()
+    state = load_newest(second.checkpointer)
     assert state is not None
     assert state.step == 2
     assert_equal(second.shard, first.expected(2))
@@ -99,7 +99,7 @@ def test_only_a_newer_checkpoint_is_fetched(open_run, mirror):
 
 
 def load_step(run) -> int:
-    state = run.checkpointer.load_newest()
+    state = load_newest(run.checkpointer)
     assert state is not None
     assert_equal(run.shard, run.expected(state.step))
     return state.step
@@ -174,7 +174,7 @@ def test_another_checkpoint_of_the_same_step_takes_the_place(open_run, mirror):
     third.checkpointer.finish()
     shutil.rmtree(third.folder)
     fourth = open_run(mirror=str(mirror))
-    assert fourth.checkpointer.load_newest() == TrainState(step=2)
+    assert load_newest(fourth.checkpointer) == TrainState(step=2)
     assert fourth.shard.scalars["adam_step"] == 99
 
 
@@ -258,7 +258,7 @@ def test_a_mirror_that_cannot_be_read_matters_only_without_a_checkpoint_here(ope
 
     monkeypatch.setattr(LocalFileSystem, "ls", refuse)
     with pytest.raises(RunError, match=r"mirror cannot be read \(PermissionError: no\), and no whole checkpoint is here"):
-        open_run(mirror=str(mirror)).checkpointer.load_newest()
+        load_newest(open_run(mirror=str(mirror)).checkpointer)
     open_run().save(1)
     assert load_step(open_run(mirror=str(mirror))) == 1
     assert "cannot be read (no): going on without it" in caplog.text
@@ -281,7 +281,7 @@ def store(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_bucket_is_a_mirror(open_run, store):
     first = open_run(mirror=f"s3://{BUCKET}/run", keep=2)
-    assert first.checkpointer.load_newest() is None
+    assert load_newest(first.checkpointer) is None
     for step in (1, 2, 3):
         first.save(step)
     sent = [request.key for request in store.requests if request.method == "PUT" and "step_00000003" in request.key]
