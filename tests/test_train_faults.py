@@ -99,6 +99,17 @@ def test_bad_steps_in_a_row_send_the_run_back_and_their_batches_are_left_out(tin
     assert len({key for row in bad for key in row["keys"]}) == 24
 
 
+@pytest.mark.slow
+def test_what_one_stage_leaves_out_is_no_affair_of_the_next(tiny_config, tmp_path):
+    """Steps 5 to 7 of the first stage fail, and 9 to 11, the first ones of the second, which goes back to the border."""
+    stages = "stages=[{train: {samples: 64}}, {train: {samples: 32}}]"
+    run_ranks(train_with_bad_steps, 1, str(tiny_config), [*GUARDED, stages], [5, 6, 7, 12, 13, 14])
+    [log] = (tmp_path / "run" / "log").glob("*/0.log")
+    assert log.read_text().count("leaving out the 3 batches since") == 2
+    state = read_state(newest(tmp_path / "run"))
+    assert (state.step, state.batches_left_out, state.bad_steps, state.samples) == (12, 3, 6, 96)
+
+
 def test_a_bad_step_alone_is_left_out_and_recorded(tiny_config, tmp_path):
     folder = tmp_path / "run"
     assert run_ranks(train_with_bad_steps, 1, str(tiny_config), GUARDED, [2, 6, 7]) == [str(folder)]
