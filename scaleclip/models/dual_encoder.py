@@ -143,7 +143,8 @@ class DualEncoder(nn.Module):
             image_BE=self._project(self.image_projection, image_BD),
             texts_BE=features[: len(tokens_BT)],
             logit_scale=self.logit_scale.float().exp().squeeze(0),
-            logit_bias=None if self.logit_bias is None else self.logit_bias.float().squeeze(0),
+            # not squeeze: of a parameter, without gradients, that is a view which torch's hooks take for one with a history
+            logit_bias=None if self.logit_bias is None else self.logit_bias.float().sum(),
             augmented_BD=tuple(each.float() for each in augmented_BD),
             projector=None if self.projector is None else self.projector(),
             pairs_BE=features[len(tokens_BT) :],

@@ -25,6 +25,7 @@ def test_forward_flops_are_those_of_the_matrices() -> None:
     assert forward_flops() == expected
     assert forward_flops(image=IMAGE | {"patch_dropout": 0.5}) == expected - tower(17) + tower(9)
     assert forward_flops(activation_checkpointing=True) == expected
+    assert forward_flops(init_logit_bias=-10) == expected
     three_short_views = forward_flops(DataConfig.model_validate({"views": [{"max_tokens": 6}] * 3}))
     assert three_short_views == expected + 3 * tower(6) - tower(10) + 2 * projection
     bert = {"type": "bert", "context_length": 10, "config": TOWER | {"vocab_size": 100}}
