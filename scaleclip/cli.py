@@ -1,11 +1,8 @@
 """The command `scaleclip`. Imports inside the commands: `scaleclip --help` answers before torch would have loaded."""
 
-import ctypes
 import json
-import logging
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,24 +10,22 @@ from typing import Annotated
 import typer
 
 from scaleclip.captions_cli import captions_app
-from scaleclip.cli_arguments import ConfigFile, Overrides, RunFolder
+from scaleclip.cli_arguments import ConfigFile, Overrides, Ranks, RunFolder
 from scaleclip.data_cli import data_app
+from scaleclip.embed_cli import embed
 from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.errors import ConfigError
 from scaleclip.exit_codes import exiting_on_errors
 from scaleclip.launch_cli import cancel, check, jobs, launch, logs
 from scaleclip.plan_cli import plan
+from scaleclip.start_ranks import is_main, start_ranks
 
 app = typer.Typer(
     name="scaleclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Pre-train CLIP and its descendants: ZeRO-sharded dual encoders on streaming shards.",
 )  # fmt: skip
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 DEMO_CONFIG = "package:scaleclip/configs/demo.yaml"
-
-Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this machine; srun and torchrun bring their own.")]
 
 
 @app.command()
@@ -47,13 +42,17 @@ def train(
 @app.command()
 def demo(overrides: Overrides = None, ranks: Ranks = 1) -> None:
     """Train a small CLIP on the embedded emoji and clip art: a few minutes on two CPU cores."""
-    _train(DEMO_CONFIG, overrides, ranks)
-    if _is_main():
+    folder = _train(DEMO_CONFIG, overrides, ranks)
+    if is_main():
+        from scaleclip.report.page import write_report
+
+        typer.echo(f"Report: {write_report(folder)}   open it in a browser")
         command = "scaleclip" if shutil.which("scaleclip") else os.path.relpath(Path(sys.executable).parent / "scaleclip")
         typer.echo(
             "Try next:\n"
             f"  {command} demo run.folder=runs/milder optim.lr=5e-4   another run, one setting changed\n"
             f"  {command} demo run.folder=runs/two --ranks 2          the same run on two ranks\n"
+            f"  {command} report RUN   a page of any run, also while it goes on\n"
             f"  {command} config {DEMO_CONFIG}   every setting\n"
             "  README.md, 'Your own shards'   train on what img2dataset wrote"
         )
@@ -71,7 +70,7 @@ def evaluate(
     from rich.console import Console
 
     from scaleclip.evaluate_run import evaluate_all, evaluate_newest
-    from scaleclip.report import results_table
+    from scaleclip.report.console import results_table
 
     if every and split:
         raise ConfigError("--all takes the run's own splits: leave out --split")
@@ -80,11 +79,17 @@ def evaluate(
 
 
 @app.command()
-def plot(run: RunFolder) -> None:
-    """Draw a run's training curves into RUN/curves.png."""
-    from scaleclip.report import plot_run
+def report(
+    run: RunFolder,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of texts and images whose neighbours are shown.")] = 0,
+    no_sheets: Annotated[
+        bool, typer.Option("--no-sheets", help="Leave out what needs the model: neighbours, similarities.")
+    ] = False,
+) -> None:
+    """Show a run as one page, RUN/report.html, and as pictures, RUN/report: curves, results, what its model finds."""
+    from scaleclip.report.page import write_report
 
-    typer.echo(str(plot_run(run)))
+    typer.echo(str(write_report(run, seed=seed, with_sheets=not no_sheets)))
 
 
 @app.command("config")
@@ -118,7 +123,7 @@ def show_config(
         validate(resolved, ranks)
 
 
-for command in (plan, verify_equivalence, launch, jobs, logs, cancel, check):
+for command in (plan, verify_equivalence, embed, launch, jobs, logs, cancel, check):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(captions_app, name="captions")
@@ -132,59 +137,27 @@ def main() -> None:
         app()
 
 
-def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool = False) -> None:
+def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool = False) -> Path:
     from scaleclip.config_io import load_config
     from scaleclip.files import resolve_path
 
     run = load_config(resolve_path(config), overrides or ())  # first, so that a mistake is said once and not by every rank
-    _start_ranks(ranks)
+    start_ranks(ranks)
     from scaleclip.train import train as run_training
 
     folder = run_training(run, profile=profile)
-    if _is_main():
+    if is_main():
         _show(folder)
-
-
-def _start_ranks(ranks: int) -> None:
-    """Run this command on `ranks` processes of this machine instead, by torchrun, and exit with their code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends when its torchrun is killed
-    launched = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    if ranks == 1 or launched:
-        return
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-    arguments = ["--standalone", f"--nproc-per-node={ranks}", "-m", "scaleclip", *sys.argv[1:]]
-    code = 0
-    try:
-        torchrun.run(torchrun.parse_args(arguments))  # type: ignore[no-untyped-call]
-    except SignalException as stop:
-        code = 128 + stop.sigval
-    except ChildFailedError as failed:
-        # below 0: killed by that signal, at which the others lose their connection, and may be seen first
-        killed = [failure.exitcode for failure in failed.failures.values() if failure.exitcode < 0]
-        code = 128 - killed[0] if killed else failed.get_first_failure()[1].exitcode
-    sys.exit(code)
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return folder
 
 
 def _show(folder: Path) -> None:
     from rich.console import Console
 
     from scaleclip.evaluation.results import finished_step, read_results
-    from scaleclip.metrics import read_rows
-    from scaleclip.report import plot_run, results_table
+    from scaleclip.report.console import results_table
 
     figures = read_results(folder)
     if figures:
         Console().print(results_table(f"{folder}, step {finished_step(folder):,}", figures))
-    if read_rows(folder):  # a run that came back whole from its mirror has none
-        plot_run(folder)
-    typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, curves.png, checkpoints/)")
+    typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, checkpoints/)")

@@ -10,3 +10,4 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, for example optim.lr=1e-3.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes to start on this machine; srun and torchrun bring their own.")]

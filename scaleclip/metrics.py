@@ -27,6 +27,7 @@ from scaleclip.run_folder import PROGRESS, wandb_id
 _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "MI300X": 1307}
 # Above this share of waiting the progress line names the loader's slowest stage.
 _SLOW_DATA = 0.1
+_ROWS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class Row(NamedTuple):
@@ -112,9 +113,7 @@ class Metrics:
         self._progress.start()
 
     def _open(self, step: int) -> None:
-        self._rows, self._evaluations = (
-            _open_dropping_lost(self._folder / name, step) for name in ("metrics.jsonl", "evaluations.jsonl")
-        )
+        self._rows, self._evaluations = (_open_dropping_lost(self._folder / name, step) for name in (_ROWS, _EVALUATIONS))
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -166,7 +165,23 @@ class Metrics:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line that a crash cut short is left out."""
-    return _read_whole_lines(folder / "metrics.jsonl")
+    return read_whole_lines(folder / _ROWS)
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's evaluations.jsonl: `step`, and the value of each figure by "SPLIT METRIC"."""
+    return read_whole_lines(folder / _EVALUATIONS)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none where there is no file; a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def finite(value: float) -> float | None:
@@ -189,19 +204,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 def _open_dropping_lost(path: Path, step: int) -> TextIO:
     """Open to append, without the rows after `step`: their work was lost and will be done again."""
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in _read_whole_lines(path) if row["step"] <= step))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_whole_lines(path) if row["step"] <= step))
     return path.open("a")
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: what started it, with what, and whether it may go on.
 
-config.yaml (resolved), provenance.json, metrics.jsonl, evaluations.jsonl, results.json, curves.png, log/<start>/<rank>.log,
-checkpoints/ with step_<step>/ and latest.
+config.yaml (resolved), provenance.json, metrics.jsonl, evaluations.jsonl, results.json, log/<start>/<rank>.log, checkpoints/
+with step_<step>/ and latest, report.html and report/.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from scaleclip.config import RunConfig
 from scaleclip.config_io import differing_keys, parse_config, to_yaml
 from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
-from scaleclip.status import slurm_job
+from scaleclip.status import newest_step, slurm_job
 
 PROGRESS = "scaleclip.progress"
 """Logger of a line a log step."""
@@ -66,7 +66,7 @@ def open_run(config: RunConfig, world_size: int, data_fingerprints: Sequence[str
                 f"data.text_pairs.sources name have changed since; restore them to go on, or name another run.folder"
             )
         write_atomic(folder / "config.yaml", to_yaml(config))
-        starts.append(_this_start(world_size, data_fingerprints, loss_gemm))
+        starts.append(_this_start(newest_step(folder), world_size, data_fingerprints, loss_gemm))
         write_atomic(folder / _PROVENANCE, json.dumps({"starts": starts}, indent=2))
     except OSError as error:
         raise ConfigError(
@@ -187,10 +187,11 @@ def code_version() -> str | None:
     return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
-def _this_start(world_size: int, data_fingerprints: Sequence[str], loss_gemm: str) -> dict[str, Any]:
+def _this_start(step: int, world_size: int, data_fingerprints: Sequence[str], loss_gemm: str) -> dict[str, Any]:
     return {
         "id": os.urandom(4).hex(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
         "command": sys.argv,
         "world_size": world_size,
         "host": socket.gethostname(),

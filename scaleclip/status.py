@@ -109,6 +109,11 @@ def mark_finished(folder: Path) -> None:
         write_atomic(folder / _FILE, json.dumps(status._replace(state="finished", why=_DONE)._asdict(), indent=2))
 
 
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint, by its name; 0 where there is none."""
+    return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)
+
+
 class StatusFile:
     """Keeps a run's status.json. Rank 0 only; made early, so that starts which die before they train are counted too.
 
@@ -124,7 +129,7 @@ class StatusFile:
     """
 
     def __init__(self, folder: Path, world_size: int, steps: int, samples: int, most_idle: int) -> None:
-        before, job, step = read_status(folder), slurm_job(), _newest_step(folder)
+        before, job, step = read_status(folder), slurm_job(), newest_step(folder)
         is_again = before is not None and job is not None and before.job == job and before.resumed_step == step
         idle_starts = before.idle_starts + 1 if before is not None and is_again else 0
         self._path, self._begin_s = folder / _FILE, psutil.Process().create_time()
@@ -191,8 +196,3 @@ class StatusFile:
             write_atomic(self._path, json.dumps(self._status._asdict(), indent=2))
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
-
-
-def _newest_step(folder: Path) -> int:
-    """Of the newest checkpoint, by its name; 0 where there is none."""
-    return max((int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")), default=0)

@@ -3,15 +3,12 @@
 import json
 import logging
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from scaleclip.config import MetricsConfig
-from scaleclip.errors import ConfigError
 from scaleclip.evaluation.results import Figure, finished_step, read_results, write_results
 from scaleclip.metrics import Metrics, Row, read_rows
-from scaleclip.report import plot_run, results_table
+from scaleclip.report.console import results_table
 from scaleclip.run_folder import PROGRESS, log_to
 
 
@@ -80,23 +77,6 @@ def test_going_back_drops_rows_and_the_run_writes_on(tmp_path):
     metrics.write(make_row(3)._replace(loss=None))
     metrics.close()
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 5.0), (2, 2.5), (3, None)]
-    assert plot_run(tmp_path).exists()
-
-
-def test_the_plot_shows_six_curves(tmp_path):
-    metrics = open_metrics(tmp_path)
-    for step in range(1, 40):
-        metrics.write(make_row(step))
-    metrics.close()
-    pixels = np.array(Image.open(plot_run(tmp_path)).convert("RGB")).astype(int)
-    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 60)  # only curves are blue
-    height, width = pixels.shape[:2]
-    assert len({(r * 2 // height, c * 3 // width) for r, c in zip(rows, columns, strict=True)}) == 6
-
-
-def test_a_plot_without_rows_says_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl with rows"):
-        plot_run(tmp_path)
 
 
 def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):

@@ -26,7 +26,6 @@ def test_a_run_learns_and_leaves_its_folder(undisturbed):
     assert read_config(undisturbed).run.folder == str(undisturbed)
     provenance = json.loads((undisturbed / "provenance.json").read_text())["starts"]
     assert provenance[0]["packages"]["torch"]
-    assert (undisturbed / "curves.png").stat().st_size > 10_000
     assert list((undisturbed / "log").rglob("0.log"))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from scaleclip.data.loader import Batch
 from scaleclip.data.sample import Fault
 
-_QUARANTINE = "quarantine.jsonl"
+QUARANTINE = "quarantine.jsonl"
+"""In a run's folder: samples that could not be used."""
 _MOST_QUARANTINED = 100_000
 _WORST = 3
 
@@ -114,7 +115,7 @@ class Quarantine:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._path = folder / _QUARANTINE if folder else None
+        self._path = folder / QUARANTINE if folder else None
         self.last = ""
         """What was wrong with the sample that was added last."""
         self._by_shard: Counter[tuple[str, str]] = Counter()

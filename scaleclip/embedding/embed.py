@@ -1,0 +1,162 @@
+"""Features of the samples of shards. A shard is one rank's work and its file is written whole: any number of ranks writes the
+same files, and a start after a crash does what is left."""
+
+import datetime
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.tokenizer import Tokenizer
+from scaleclip.distributed import World, all_or_none, gather_objects
+from scaleclip.embedding.chunks import BadSample, Chunk, Shards, Wanted
+from scaleclip.embedding.folder import DType, FeatureFolder, Summary, file_names, weights_digest
+from scaleclip.errors import RunError
+from scaleclip.models.dual_encoder import DualEncoder
+
+_LONG = datetime.timedelta(days=30)  # that a rank may wait for the others at the end
+_LOOK_S = 10.0  # between looks at what other ranks have finished
+
+Show = Callable[[int, int, float], None]
+"""(samples done, samples in all, samples a second), of this start and all ranks."""
+
+
+class Embedder(NamedTuple):
+    """The model."""
+
+    name: str
+    """What the user calls it."""
+    step: int | None
+    """Of the run that made it, if one did."""
+    model: DualEncoder
+    """In evaluation mode."""
+    tokenizer: Tokenizer
+    size: int
+    """Height and width of its images."""
+
+
+def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtype: DType, world: World, show: Show) -> Summary:
+    """Write the features of all shards that have none yet. Every rank calls, and all get what lies in the folder then.
+
+    Args:
+        embedder: the model; it computes in fp32.
+        wanted: shards, and what of their samples.
+        cache: local copies of remote shards.
+        out: a new folder, or one that the same model began.
+        dtype: of the features on disk.
+        world: this rank.
+        show: is told, on rank 0, how far all ranks are.
+
+    Raises:
+        ConfigError: no shard matches, two share a name, or `out` has features of another model, or something else.
+        RunError: a shard cannot be read, in which case the others are done; `out` cannot be written; a loader process died.
+    """
+    model, todo = embedder.model, list[int]()
+    with all_or_none():
+        shards = Shards(wanted, cache, embedder.tokenizer, embedder.size)
+        names = file_names(shards.manifest.names)
+        identity = {
+            "step": embedder.step, "weights": weights_digest(model), "image_size": embedder.size,
+            "tokenizer": embedder.tokenizer.name, "text": wanted.text,
+        }  # fmt: skip
+        folder = FeatureFolder(out, wanted.columns, model.image_projection.out_features, dtype, identity)
+        if world.is_main:
+            folder.begin(embedder.name)
+            there = folder.finished()
+            todo = [shard for shard, name in enumerate(names) if name not in there]
+    todo = gather_objects(todo)[0]
+    progress = _Progress(folder, {names[shard]: int(shards.manifest.counts[shard]) for shard in todo}, show)
+    failed = []
+    chunks = shards.chunks(todo[world.rank :: world.size], pin_memory=world.device.type == "cuda")
+    for shard, its_chunks in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
+        error = _embed_shard(model, its_chunks, folder, names[shard], progress if world.is_main else None)
+        failed += [error] if error else []
+    failed = [error for errors in _gather_at_the_end(failed) for error in errors]
+    if world.is_main:
+        progress.look()
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(names)} shards could not be read, the others are done; the first: {failed[0]}; start the "
+            f"same command again for those"
+        )
+    summary = folder.summary(names)
+    if world.is_main:
+        folder.complete(embedder.name, summary)
+    return summary
+
+
+@torch.no_grad()
+def _embed_shard(
+    model: DualEncoder, chunks: Iterator[Chunk], folder: FeatureFolder, name: str, progress: "_Progress | None"
+) -> str:
+    """Encode a shard and write its files; why it cannot be had, or an empty text."""
+    device = model.logit_scale.device
+    keys, bad, error = list[str](), list[BadSample](), ""
+    parts: dict[str, list[Tensor]] = {column: [torch.zeros(0, folder.width)] for column in folder.columns}
+    for chunk in chunks:
+        error = error or chunk.error
+        if error:
+            continue
+        keys += chunk.keys
+        bad += chunk.bad
+        if chunk.pixels_BCHW is not None:
+            parts["image"].append(model.encode_image(chunk.pixels_BCHW.to(device, non_blocking=True)).cpu())
+        if chunk.tokens_BT is not None:
+            parts["text"].append(model.encode_text(chunk.tokens_BT.to(device, non_blocking=True)).cpu())
+        if progress:
+            progress.add(chunk.num_samples, is_last=chunk.is_last)
+    if error:
+        return error
+    try:
+        folder.write(name, keys, {column: torch.cat(some) for column, some in parts.items()}, bad)
+    except OSError as fault:
+        raise RunError(
+            f"{folder.path} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same "
+            f"command again"
+        ) from fault
+    return ""
+
+
+def _gather_at_the_end(failed: list[str]) -> list[list[str]]:
+    """Of every rank; one may be done long before another."""
+    if not dist.is_initialized():
+        return [failed]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, failed, group=dist.new_group(timeout=_LONG, backend="gloo"))  # type: ignore[arg-type]
+    return everyone
+
+
+class _Progress:
+    """How far all ranks are: what others have finished is seen by their files, now and then."""
+
+    def __init__(self, folder: FeatureFolder, counts: Mapping[str, int], show: Show) -> None:
+        self._folder, self._counts, self._show = folder, counts, show
+        self._begun_s = self._looked_s = time.monotonic()
+        self._seen = self._own_since = self._own_open = 0
+
+    def add(self, num_samples: int, *, is_last: bool) -> None:
+        """Samples of a shard of this rank's, which is written after the last ones."""
+        self._own_open += num_samples
+        if is_last:
+            self._own_since, self._own_open = self._own_since + self._own_open, 0
+        if time.monotonic() - self._looked_s > _LOOK_S:
+            self.look()
+        else:
+            self._tell()
+
+    def look(self) -> None:
+        """See what is finished."""
+        self._looked_s = time.monotonic()
+        self._seen = sum(self._counts.get(name, 0) for name in self._folder.finished())
+        self._own_since = 0
+        self._tell()
+
+    def _tell(self) -> None:
+        done, total = self._seen + self._own_since + self._own_open, sum(self._counts.values())
+        self._show(min(done, total), total, done / max(time.monotonic() - self._begun_s, 1e-9))

@@ -1,0 +1,36 @@
+"""What the tests of embedding run on ranks of their own."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaleclip import distributed
+from scaleclip.config import CacheConfig
+from scaleclip.config_io import parse_config
+from scaleclip.data.cache import ShardCache
+from scaleclip.data.tokenizer import load_tokenizer
+from scaleclip.distributed import World
+from scaleclip.embedding.chunks import Wanted
+from scaleclip.embedding.embed import Embedder, embed
+from scaleclip.embedding.folder import Summary
+from scaleclip.models.dual_encoder import DualEncoder
+
+
+def make_embedder(seed: int = 0) -> Embedder:
+    """A model of random weights."""
+    config = parse_config({"model": {"preset": "tiny"}}).model
+    torch.manual_seed(seed)
+    model = DualEncoder(config).eval()
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.context_length)
+    return Embedder("random weights", None, model, tokenizer, config.image.size)
+
+
+def embed_shards(wanted: Wanted, out: Path, **settings: Any) -> Summary:
+    """What the command does, without a command."""
+    shown = settings.get("shown", [])
+    cache = ShardCache(CacheConfig(folder=str(out.parent / "cache")))
+    embedder = make_embedder(settings.get("seed", 0))
+    world = distributed.init() if "RANK" in os.environ else World(0, 1, 0, torch.device("cpu"))
+    return embed(embedder, wanted, cache, out, settings.get("dtype", "float32"), world, lambda *news: shown.append(news))
