@@ -14,7 +14,7 @@ from scaleclip.cli_arguments import ConfigFile, Overrides, Ranks, RunFolder
 from scaleclip.data_cli import data_app
 from scaleclip.embed_cli import embed
 from scaleclip.equivalence_cli import verify_equivalence
-from scaleclip.errors import ConfigError
+from scaleclip.eval_cli import evaluate
 from scaleclip.exit_codes import exiting_on_errors
 from scaleclip.launch_cli import cancel, check, jobs, launch, logs
 from scaleclip.plan_cli import plan
@@ -56,26 +56,6 @@ def demo(overrides: Overrides = None, ranks: Ranks = 1) -> None:
             f"  {command} config {DEMO_CONFIG}   every setting\n"
             "  README.md, 'Your own shards'   train on what img2dataset wrote"
         )
-
-
-@app.command("eval")
-def evaluate(
-    run: RunFolder,
-    split: Annotated[
-        list[str] | None, typer.Option(help="Split descriptions instead of the run's own; their figures are not saved.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every checkpoint, into RUN/evaluations, and not the newest.")] = False,
-) -> None:
-    """Evaluate a run's newest checkpoint on held-out splits and print the table."""
-    from rich.console import Console
-
-    from scaleclip.evaluate_run import evaluate_all, evaluate_newest
-    from scaleclip.report.console import results_table
-
-    if every and split:
-        raise ConfigError("--all takes the run's own splits: leave out --split")
-    for step, figures in evaluate_all(run) if every else [evaluate_newest(run, split or ())]:
-        Console().print(results_table(f"{run}, step {step:,}", figures))
 
 
 @app.command()
@@ -125,6 +105,7 @@ def show_config(
 
 for command in (plan, verify_equivalence, embed, launch, jobs, logs, cancel, check):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(data_app, name="data")
 app.add_typer(captions_app, name="captions")
 

@@ -394,6 +394,10 @@ class MetricsConfig(Section):
 class EvalConfig(Section):
     splits: StringList = ()
     """Split descriptions (JSON beside their tar shards) evaluated after training; globs and `package:` work."""
+    suite: str | None = None
+    """Suite evaluated as well: a name of `configs/suites.yaml`, or one's own YAML file (`FILE`, or `FILE:NAME`)."""
+    data: str = "data"
+    """Folder or URL below which the suite's data sets lie."""
     every_steps: int = Field(default=0, ge=0)
     """Optimizer steps between evaluations while training; 0 evaluates at the end only."""
     batch: int = Field(default=256, ge=1)
@@ -442,7 +446,7 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Logging."""
     eval: EvalConfig = EvalConfig()
-    """Held-out splits."""
+    """What is measured of the model, and when."""
     stages: tuple[StageConfig, ...] = ()
     """Stretches of the run, one after the other, each with settings of its own (CLIPA, arXiv:2306.15658); none: one with the
     run's. Further ones may be added later, to a finished run too."""

@@ -327,7 +327,7 @@ def _explain(fault: Any, whole: type[Section], prefix: str) -> str:
             return f"unknown key {key!r}{whole_run or hint}; a stage has {_names(StageConfig)}"
         top = [*(name for name, _ in _fields(whole, "")), *whole.model_fields]
         keys = [f"{section}.{field}" for field in inside.model_fields] if inside else top
-        if prefix:
+        if prefix and whole is RunConfig:
             keys = [each for each in keys if each.partition(".")[0] in _STAGE_SECTIONS]
         every = "scaleclip config --schema lists every key" if whole is RunConfig else f"keys: {_names(whole)}"
         hint = _hint(key, keys, prefix) or f"; {every}"

@@ -5,15 +5,17 @@ import datetime
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from scaleclip.errors import ConfigError, RunError
+
+T = TypeVar("T")
 
 # longer than an evaluation on rank 0, which the others wait for
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -121,6 +123,16 @@ def all_or_none() -> Iterator[None]:
     except Exception as caught:
         error = caught
     raise_together(error)
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """Rank 0's `compute()` on every rank; what it raises is raised on all. No collectives inside."""
+    value: T | None = None
+    with all_or_none():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            value = compute()
+    found: T = gather_objects(value)[0]
+    return found
 
 
 def _record_collectives(folder: Path) -> None:

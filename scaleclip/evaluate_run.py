@@ -1,64 +1,267 @@
-"""Evaluations of a run's checkpoints, after training or beside it."""
+"""Evaluations of models: checkpoints of a run, after training or while it trains, and models from elsewhere.
 
-import json
-from collections.abc import Iterator, Sequence
+Figures are kept a data set a file, RUN/evaluations/step_X/ for a run, and what is there of the same weights and by the same
+definition is not measured again: an evaluation that was killed goes on with the data set that it was at.
+"""
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from scaleclip.checkpoint.folders import damage, saved
+from scaleclip.checkpoint.folders import CHECKSUMS, damage, newest_whole, saved
+from scaleclip.checkpoint.state import STATE, read_state
+from scaleclip.config import CacheConfig, EvalConfig
 from scaleclip.data.cache import ShardCache
+from scaleclip.distributed import all_or_none, gather_objects, on_main
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.evaluate import evaluate
+from scaleclip.evaluation.evaluate import distinct, occurrences
 from scaleclip.evaluation.results import Figure, write_results
-from scaleclip.evaluation.splits import open_splits
-from scaleclip.files import write_atomic
+from scaleclip.evaluation.saved import SavedFigures
+from scaleclip.evaluation.suite import open_evaluations
 from scaleclip.run_folder import read_config
-from scaleclip.trained_model import load_checkpoint, newest_whole
+from scaleclip.status import read_status
+from scaleclip.trained_model import TrainedModel, load_model
+
+POLL_S = 20.0
+_FAILED_S = 600.0  # after which a run that has failed is not started again by its job
+log = logging.getLogger("scaleclip")
+OnDone = Callable[[str, int, int], None]
 
 
-def evaluate_newest(run: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
-    """Step and figures of a run's newest whole checkpoint; of the run's own splits, they become its results.json.
+class Subject(NamedTuple):
+    """A model to evaluate, not loaded yet."""
+
+    name: str
+    reference: str
+    """What load_model takes."""
+    identity: str
+    """Of its weights."""
+    step: int | None
+    """Optimizer steps, of a checkpoint."""
+
+
+class Evaluated(NamedTuple):
+    """What was measured of a model."""
+
+    subject: Subject
+    figures: list[Figure]
+    is_new: bool
+    """Whether any of it was measured now."""
+
+
+class Session:
+    """Evaluations, opened, and where their figures are kept. Every rank makes one and calls with the same.
 
     Args:
-        run: the run's folder.
-        splits: descriptions to take in place of the run's own.
+        config: what to measure.
+        cache: local copies of remote shards.
+        folder: figures go below it, into a folder a model; none: nowhere.
+        skip_missing: leave out data sets that are not there.
+        on_done: called on every rank with the name, number and count of an evaluation when it is done.
 
     Raises:
-        ConfigError: no run, no whole checkpoint, or no splits.
+        ConfigError: nothing is to be measured, or something is not there.
     """
-    step, figures = _evaluate(run, newest_whole(run), splits)
-    if not splits:
-        write_results(run, step, figures)
-    return step, figures
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        cache: ShardCache,
+        folder: Path | None,
+        *,
+        skip_missing: bool = False,
+        on_done: OnDone = lambda *_: None,
+    ) -> None:
+        with all_or_none():
+            self.suite = open_evaluations(config, cache, skip_missing=skip_missing)
+            if not self.suite.evaluations:
+                raise ConfigError(
+                    "there is nothing to measure: eval.splits and eval.suite are empty; name a --suite or --split"
+                )
+        names = [each.name for each in self.suite.evaluations]
+        self._names = [
+            name if number == 1 else f"{name} ({number})" for name, number in zip(names, occurrences(names), strict=True)
+        ]
+        self.config, self._folder, self._on_done = config, folder, on_done
+
+    def evaluate(self, subject: Subject) -> Evaluated | None:
+        """Its figures; None where it was deleted before it was loaded, which a warning says.
+
+        Raises:
+            ConfigError, RunError: it cannot be loaded, or something in the data cannot be used.
+        """
+        folder = self.folder(subject)
+        kept = SavedFigures(folder, subject.identity, subject.step) if folder else None
+        items = list(zip(self._names, self.suite.evaluations, strict=True))
+        found = on_main(lambda: [kept.find(name, each.definition) if kept else None for name, each in items])
+        parts = [part for part in found if part is not None]
+        is_new = len(parts) < len(items)
+        if is_new:
+            model = _load(subject)
+            if model is None:
+                return None
+            encoder = Encoder(model.model, model.tokenizer, model.model_config.image.size, self.config.batch)
+            with encoder.evaluating():
+                parts = [self._measure(encoder, number, kept) if part is None else part for number, part in enumerate(found)]
+        figures = distinct([figure for part in parts for figure in part])
+        means = self.suite.means_of(figures)
+        if kept:
+            for mean in means:
+                _keep(kept, f"{mean.metric} {mean.split}", "", [mean])
+        return Evaluated(subject, figures + means, is_new)
+
+    def _measure(self, encoder: Encoder, number: int, kept: SavedFigures | None) -> list[Figure]:
+        name, evaluation = self._names[number], self.suite.evaluations[number]
+        figures = evaluation.run(encoder, kept.features(name) if kept else None)
+        if kept:
+            _keep(kept, name, evaluation.definition, figures)
+        self._on_done(name, number + 1, len(self._names))
+        return figures
+
+    def folder(self, subject: Subject) -> Path | None:
+        """Where the figures of a model are kept."""
+        return self._folder / subject.name if self._folder else None
 
 
 def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
-    """Steps and figures of every whole checkpoint that a run has kept, oldest first, also in RUN/evaluations/step_X.json; those
-    that are there already are read from there.
+    """Steps and figures of every whole checkpoint that a run has kept, oldest first, by what the run measures itself.
 
     Raises:
-        ConfigError: no run, no whole checkpoint, or no splits.
+        ConfigError: no run, no whole checkpoint, or nothing to measure.
     """
-    paths = [path for path in saved(run) if damage(path) is None]
-    if not paths:
+    config = read_config(run)
+    session = Session(config.eval, ShardCache(config.data.cache), evaluations(run))
+    for evaluated in map(session.evaluate, subjects(run, whole_checkpoints(run))):
+        if evaluated and evaluated.subject.step is not None:
+            yield evaluated.subject.step, evaluated.figures
+
+
+def write_run_results(run: Path, evaluated: Evaluated) -> None:
+    """The figures of its newest checkpoint become a run's results.json. By rank 0."""
+    assert evaluated.subject.step is not None
+    write_results(run, evaluated.subject.step, evaluated.figures)
+
+
+def evaluations(run: Path) -> Path:
+    """Where a run's evaluations lie, a folder a checkpoint."""
+    return run / "evaluations"
+
+
+def run_of(reference: str) -> Path | None:
+    """The run that a folder is, or whose checkpoint it is; None for models from elsewhere."""
+    path = Path(reference).absolute()
+    if (path / STATE).exists():
+        path = path.parent.parent
+    return path if (path / "config.yaml").exists() and (path / "checkpoints").is_dir() else None
+
+
+def subject_of(reference: str) -> Subject:
+    """The model that a reference names: of a run, its newest whole checkpoint.
+
+    Raises:
+        ConfigError: there is nothing of that name, or the run has no whole checkpoint.
+    """
+    path = Path(reference)
+    if not path.exists():
+        raise ConfigError(f"{reference}: there is no such run, checkpoint or model")
+    if run_of(reference) is not None:
+        return _checkpoint(path if (path / STATE).exists() else newest_whole(path))
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    rows = [f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in files]
+    return Subject(path.absolute().name, reference, _digest("\n".join(rows).encode()), None)
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """Of a run, oldest first. Raises ConfigError where there are none."""
+    found = [path for path in saved(run) if damage(path) is None]
+    if not found:
         raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
-    (run / "evaluations").mkdir(exist_ok=True)
+    return found
+
+
+def checkpoints_as_they_come(run: Path, poll_s: float = POLL_S) -> Iterator[Path]:
+    """A run's checkpoints, oldest first, each once, until the run is finished or failed for good. Every rank iterates."""
+    given: set[Path] = set()
+
+    def look() -> tuple[bool, list[Path]]:
+        status = read_status(run)  # first: what a run that has ended has saved is there
+        ended = status is not None and (
+            status.state == "finished" or (status.state == "failed" and time.time() - status.updated_s > _FAILED_S)
+        )
+        return ended, [path for path in saved(run) if path not in given]
+
+    while True:
+        ended, new = on_main(look)
+        given.update(new)
+        yield from new
+        if ended and not new:
+            return
+        if not new:
+            time.sleep(poll_s)
+
+
+def subjects(run: Path, paths: Iterable[Path]) -> Iterator[Subject]:
+    """The checkpoints, but for those that are deleted or damaged by then, which a warning says. Every rank iterates."""
+
+    def look(path: Path) -> Subject | str:
+        fault = damage(path)
+        if fault is not None:
+            return fault
+        try:
+            return _checkpoint(path)
+        except OSError as error:
+            return str(error)
+
     for path in paths:
-        target = run / "evaluations" / f"{path.name}.json"
-        if target.exists():
-            there = json.loads(target.read_text())
-            yield there["step"], [Figure(**row) for row in there["figures"]]
-            continue
-        step, figures = _evaluate(run, path, ())
-        rows = [figure._asdict() for figure in figures]
-        write_atomic(target, json.dumps({"step": step, "figures": rows}, indent=2))
-        yield step, figures
+        found = on_main(lambda path=path: look(path))  # type: ignore[misc]
+        if isinstance(found, Subject):
+            yield found
+        elif path.exists():
+            log.warning(f"{path} is damaged ({found}): it is left out")
+        else:
+            _warn_of_deletion(path)
 
 
-def _evaluate(run: Path, path: Path, splits: Sequence[str]) -> tuple[int, list[Figure]]:
-    patterns = splits or read_config(run).eval.splits
-    if not patterns:
-        raise ConfigError("eval.splits of this run is empty: name some with --split")
-    step, config, model, tokenizer = load_checkpoint(run, path)
-    encoder = Encoder(model, tokenizer, config.model.image.size, config.eval.batch)
-    return step, evaluate(encoder, open_splits(patterns, ShardCache(config.data.cache)))
+def _checkpoint(path: Path) -> Subject:
+    return Subject(path.name, str(path), _digest((path / CHECKSUMS).read_bytes()), read_state(path).step)
+
+
+def _load(subject: Subject) -> TrainedModel | None:
+    try:
+        with all_or_none():
+            return load_model(subject.reference)
+    except Exception:
+        # by retention, since the run goes on
+        if any(gather_objects(not Path(subject.reference).exists())):
+            _warn_of_deletion(Path(subject.reference))
+            return None
+        raise
+
+
+def _warn_of_deletion(path: Path) -> None:
+    log.warning(f"{path} was deleted before it was evaluated: checkpoint.keep says how many are kept")
+
+
+def _keep(kept: SavedFigures, name: str, definition: str, figures: list[Figure]) -> None:
+    def keep() -> None:
+        kept.save(name, definition, figures)
+        shutil.rmtree(kept.features(name), ignore_errors=True)  # which were for a start after a crash
+
+    on_main(keep)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def own_config(run: Path | None) -> tuple[EvalConfig, CacheConfig]:
+    """What a run measures itself and its cache; the defaults for models from elsewhere."""
+    if run is None:
+        return EvalConfig(), CacheConfig()
+    config = read_config(run)
+    return config.eval, config.data.cache

@@ -28,6 +28,7 @@ _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "
 # Above this share of waiting the progress line names the loader's slowest stage.
 _SLOW_DATA = 0.1
 _ROWS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+_CHECKPOINT_STEP = "checkpoint_step"
 
 
 class Row(NamedTuple):
@@ -141,10 +142,9 @@ class Metrics:
 
     def write_figures(self, step: int, figures: Sequence[Figure]) -> None:
         """A row in evaluations.jsonl, and the figures beside the training curves in Weights & Biases."""
-        values = {f"{figure.split} {figure.metric}": figure.value for figure in figures}
-        _append(self._evaluations, {"step": step, **values})
+        _append(self._evaluations, {"step": step, **_by_name(figures, "")})
         if self._wandb is not None:
-            self._wandb.log({f"eval/{name}": value for name, value in values.items()}, step=step)
+            self._wandb.log(_by_name(figures, "eval/"), step=step)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, to which the run went back."""
@@ -159,6 +159,33 @@ class Metrics:
         for file in (self._rows, self._evaluations):
             with contextlib.suppress(OSError):  # a full disk was reported when the row was written
                 file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class EvaluationLog:
+    """Figures of a run's checkpoints in Weights & Biases, by a process beside the one that trains. Rank 0 only.
+
+    They become a run of their own there, NAME evaluation, against the step of the checkpoint: a second writer of the training's
+    run would have its steps refused, being behind. Nothing where the run has `metrics.wandb=disabled`.
+
+    Args:
+        folder: the run's folder.
+        config: where the run logs.
+    """
+
+    def __init__(self, folder: Path, config: MetricsConfig) -> None:
+        self._wandb = _start_wandb(folder, config, {}, "evaluation")
+        if self._wandb is not None:
+            self._wandb.define_metric("eval/*", step_metric=_CHECKPOINT_STEP)
+
+    def write(self, step: int, figures: Sequence[Figure]) -> None:
+        """The figures of the checkpoint after `step` optimizer steps."""
+        if self._wandb is not None:
+            self._wandb.log(_by_name(figures, "eval/") | {_CHECKPOINT_STEP: step})
+
+    def close(self) -> None:
+        """End it."""
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -221,13 +248,18 @@ def _append(file: TextIO, row: dict[str, Any]) -> None:
         ) from None
 
 
-def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any]) -> Any:
+def _by_name(figures: Sequence[Figure], prefix: str) -> dict[str, float]:
+    return {f"{prefix}{figure.split} {figure.metric}": figure.value for figure in figures}
+
+
+def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any], part: str = "") -> Any:
     if config.wandb == "disabled":
         return None
     import wandb  # takes a second, and few runs on one machine want it
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    name, number = (f"{folder.name} {part}", f"{wandb_id(folder)}-{part}") if part else (folder.name, wandb_id(folder))
     return wandb.init(
-        project=config.wandb_project, name=folder.name, id=wandb_id(folder), dir=folder, config=run_config, mode=config.wandb,
+        project=config.wandb_project, name=name, id=number, dir=folder, config=run_config, mode=config.wandb,
         resume=None if config.wandb == "offline" else "allow",
     )  # fmt: skip

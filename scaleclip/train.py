@@ -18,7 +18,7 @@ from scaleclip.data.text_pairs import open_text_pairs
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.results import finished_step
-from scaleclip.evaluation.splits import open_splits
+from scaleclip.evaluation.suite import open_evaluations
 from scaleclip.guard import StopSignal
 from scaleclip.losses.objective import check_runs_on
 from scaleclip.models.towers import check_tokenizer
@@ -50,7 +50,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         cache = ShardCache(config.data.cache)
         # those of later stages too: what is missing shows now, not in weeks
         data = _open_data(stages, cache)
-        splits = open_splits(config.eval.splits, cache)
+        suite = open_evaluations(config.eval, cache)
     _check_same_data(data)
     fingerprints = [each.fingerprint for each in data]
 
@@ -77,7 +77,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
     checkpointer = Checkpointer(folder, world, config.checkpoint, origin(config, fingerprints))
     with distributed.all_or_none():
         quarantine = Quarantine(folder if world.is_main else None)
-    run = Run(config, folder, start, world, cache, splits, total_steps, checkpointer, quarantine, stop, status, profile)
+    run = Run(config, folder, start, world, cache, suite, total_steps, checkpointer, quarantine, stop, status, profile)
     with ExitStack() as at_end:
         if lock:
             at_end.callback(lock.close)

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,9 +25,8 @@ from scaleclip.distributed import World
 from scaleclip.engine import Engine
 from scaleclip.errors import RunError, Stopped
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.evaluate import evaluate
 from scaleclip.evaluation.results import Figure, write_results
-from scaleclip.evaluation.splits import SplitData
+from scaleclip.evaluation.suite import OpenedSuite
 from scaleclip.fit import choose_micro_batch, explain_full_memory
 from scaleclip.guard import BadSteps, StopSignal, Watchdog, record_bad_steps
 from scaleclip.metrics import Metrics, Row, finite, peak_memory_gib, peak_tflops
@@ -65,7 +63,8 @@ class Run:
     """Name of this start."""
     world: World
     cache: ShardCache
-    splits: Sequence[SplitData]
+    suite: OpenedSuite
+    """What is measured of the model."""
     total_steps: int
     checkpointer: Checkpointer
     quarantine: Quarantine
@@ -159,7 +158,8 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
     intake = Intake(batches)
 
     def evaluate_model() -> list[Figure]:
-        return evaluate(Encoder(engine.whole_model(), data.tokenizer, config.model.image.size, config.eval.batch), run.splits)
+        encoder = Encoder(engine.whole_model(), data.tokenizer, config.model.image.size, config.eval.batch)
+        return run.suite.evaluate(encoder)
 
     run.begin(state)
     status, metrics = run.status, run.metrics

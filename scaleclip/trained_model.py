@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from scaleclip.checkpoint.folders import damage, newest, saved
+from scaleclip.checkpoint.folders import newest_whole
 from scaleclip.checkpoint.loading import load_weights
-from scaleclip.checkpoint.state import read_state
-from scaleclip.config import RunConfig
+from scaleclip.checkpoint.state import STATE, read_state
+from scaleclip.config import ModelConfig, RunConfig
 from scaleclip.data.tokenizer import Tokenizer, load_tokenizer
-from scaleclip.errors import ConfigError
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.run_folder import read_config
 from scaleclip.stages import stage_before, stages_of
@@ -25,6 +24,23 @@ class TrainedModel(NamedTuple):
     model: DualEncoder
     """In evaluation mode, on a GPU if there is one."""
     tokenizer: Tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the model."""
+        return self.config.model
+
+
+def load_model(reference: str) -> TrainedModel:
+    """The model of a run's newest whole checkpoint, or of a checkpoint's folder.
+
+    Raises:
+        ConfigError: there is no run, or no whole checkpoint.
+    """
+    path = Path(reference)
+    if (path / STATE).exists():
+        return load_checkpoint(path.absolute().parent.parent, path)
+    return load_newest(path)
 
 
 def load_newest(run: Path) -> TrainedModel:
@@ -46,13 +62,3 @@ def load_checkpoint(run: Path, path: Path) -> TrainedModel:
     model.load_state_dict(model.state_dict() | load_weights(path))
     tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
     return TrainedModel(step, config, model.eval(), tokenizer)
-
-
-def newest_whole(run: Path) -> Path:
-    """A run's newest whole checkpoint. Raises ConfigError where there is none."""
-    path = newest(run)
-    if path is None and (found := saved(run)):
-        raise ConfigError(f"{run}: all checkpoints are damaged, the newest one by this: {damage(found[-1])}")
-    if path is None:
-        raise ConfigError(f"{run} has no checkpoint to evaluate: train first")
-    return path

@@ -1,4 +1,4 @@
-# What the sbatch scripts of this folder share: they set `home`, the repository, source this file and call run_job.
+# What the sbatch scripts of this folder share: they set `home`, the repository, source this file and call run_job or run_command.
 #
 # Environment: SCALECLIP_PYTHON    the Python to run (default: .venv/bin/python in the repository)
 #              SCALECLIP_ACTIVATE  a script to source first: `module load ...`, interconnect settings, a virtual environment
@@ -12,21 +12,25 @@ die() {
 }
 
 run_job() { # CONFIG [KEY=VALUE...]: train it on the job's nodes; without SLURM, here
+  run_command train "$@"
+}
+
+run_command() { # COMMAND [ARGUMENT...]: run this command of scaleclip's on the job's nodes; without SLURM, here
   cd "$home"
   # shellcheck disable=SC1090 # the user's
   [ -z "${SCALECLIP_ACTIVATE:-}" ] || source "$SCALECLIP_ACTIVATE"
   python=${SCALECLIP_PYTHON:-$PWD/.venv/bin/python}
   command -v "$python" >/dev/null || [ -n "${SCALECLIP_SRUN:-}" ] ||
     die "no Python at '$python': run 'make demo' in $PWD once, or set SCALECLIP_PYTHON"
-  [ -n "${SLURM_JOB_ID:-}" ] || exec "$python" -m scaleclip train "$@"
+  [ -n "${SLURM_JOB_ID:-}" ] || exec "$python" -m scaleclip "$@"
 
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it over from sbatch
-  [ "${SCALECLIP_CHECK:-1}" = 0 ] || check_nodes "$@"
+  [ "$1" != train ] || [ "${SCALECLIP_CHECK:-1}" = 0 ] || check_nodes "${@:2}"
   local status=0
   note_ends
   # shellcheck disable=SC2086 # several options
-  srun --kill-on-bad-exit=1 ${SCALECLIP_SRUN:-} "$python" -m scaleclip train "$@" || status=$?
+  srun --kill-on-bad-exit=1 ${SCALECLIP_SRUN:-} "$python" -m scaleclip "$@" || status=$?
   end_job "$status"
 }
 

@@ -39,14 +39,17 @@ MAY_IMPORT = {
     "step": {"config", "data", "distributed", "engine", "losses", "models"},
     "planning": {"config", "config_rules", "deepspeed_config", "models"},
     "fit": {"config", "config_rules", "distributed", "planning"},
-    "evaluation": {"config", "data", "distributed", "models"},
+    "evaluation": {"config", "config_io", "data", "distributed", "models"},
     "equivalence": {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "losses", "models", "optim", "scaleclip_kernels",
         "step",
     },
     "trained_model": {"checkpoint", "config", "data", "models", "run_folder", "stages"},
-    "evaluate_run": {"checkpoint", "data", "evaluation", "run_folder", "trained_model"},
+    "evaluate_run": {"checkpoint", "config", "data", "distributed", "evaluation", "run_folder", "status", "trained_model"},
     "start_ranks": set(),
+    "eval_cli": {
+        "cli_arguments", "data", "distributed", "evaluate_run", "evaluation", "metrics", "report", "run_folder", "start_ranks",
+    },
     "embedding": {"config", "data", "distributed", "models"},
     "embed_cli": {"cli_arguments", "config", "data", "distributed", "embedding", "start_ranks", "trained_model"},
     "written_captions": {"data", "trained_model"},
@@ -62,7 +65,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "captions_cli", "cli_arguments", "config", "config_io", "config_rules", "data_cli", "deepspeed_config", "embed_cli",
-        "equivalence_cli", "evaluate_run", "evaluation", "exit_codes", "launch_cli", "plan_cli", "report", "stages",
+        "equivalence_cli", "eval_cli", "evaluation", "exit_codes", "launch_cli", "plan_cli", "report", "stages",
         "start_ranks", "train",
     },
     "data_cli": {"config", "data"},
@@ -97,7 +100,10 @@ FENCES = {
     "jinja2": {"report/page"},
     "transformers": {"models", "data"},
     "timm": {"models/timm_towers"},
-    "typer": {"captions_cli", "cli", "data_cli", "cli_arguments", "embed_cli", "equivalence_cli", "launch_cli", "plan_cli"},
+    "mteb": {"evaluation/mteb_adapter"},
+    "typer": {
+        "captions_cli", "cli", "data_cli", "cli_arguments", "embed_cli", "equivalence_cli", "eval_cli", "launch_cli", "plan_cli",
+    },
 }
 
 KERNELS_MAY_IMPORT = {"torch", "triton", "scaleclip_kernels", *sys.stdlib_module_names}

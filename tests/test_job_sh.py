@@ -122,5 +122,20 @@ def test_a_script_of_the_users_is_sourced_and_options_of_srun_are_passed(run: Ru
     assert output.splitlines() == ["activated", f"1 {options}"]
 
 
+def test_nodes_are_checked_before_training_alone(run: Run, tmp_path: Path) -> None:
+    for command, checked in (("run_job c.yaml", True), ("run_command eval runs/a --follow", False)):
+        line = f'home={tmp_path}; check_nodes() {{ echo "checked $*"; }}; srun() {{ echo "$@"; }}; {command}'
+        code, output, _ = run(line, SCALECLIP_PYTHON="python")
+        assert code == 0
+        assert ("checked c.yaml" in output) == checked
+        assert f"-m scaleclip {'train c.yaml' if checked else 'eval runs/a --follow'}" in output
+
+
+def test_an_evaluation_that_slurm_stops_starts_again(run: Run, tmp_path: Path) -> None:
+    line = f"home={tmp_path}; run_command eval runs/a --follow"
+    assert run(line, code=2, SCALECLIP_PYTHON="python")[::2] == (2, [])
+    assert run(line, code=140, SCALECLIP_PYTHON="python")[2] == ["requeue 7"]
+
+
 def test_a_check_that_is_preempted_starts_again(run: Run) -> None:
     assert run("check_nodes c", code=140)[2] == ["requeue 7"]

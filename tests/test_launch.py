@@ -175,7 +175,7 @@ def test_a_sweep_runs_here_on_two_ranks_from_a_copy_of_the_code(tiny_config_path
         assert [row["lr"] <= float(lr) for row in rows(folder)] == [True] * 4
         assert {row["world_size"] for row in rows(folder)} == {2}
         assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-        assert [path.name for path in (folder / "evaluations").iterdir()] == ["step_00000004.json"]
+        assert [path.name for path in (folder / "evaluations").iterdir()] == ["step_00000004"]
     [code] = (tmp_path / "sweep" / "code").iterdir()
     assert (code / "scaleclip_kernels").is_dir()
     table = run("jobs", tmp_path / "sweep")

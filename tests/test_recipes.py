@@ -18,7 +18,7 @@ from scaleclip.stages import stages_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SLURM = Path(__file__).parents[1] / "slurm"
-FULL = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "demo")
+FULL = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("demo", "suites", "targets"))
 DEMO = sorted((CONFIGS / "demo").glob("*.yaml"))
 BATCH, NUM_STEPS = 8, 5
 TOKENS = {"vocab_size": 4096, "bos_token_id": 4094, "eos_token_id": 4095, "pad_token_id": 0}

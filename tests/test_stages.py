@@ -18,9 +18,12 @@ from scaleclip.cli import show_config
 from scaleclip.config import RunConfig
 from scaleclip.config_io import differing_keys, json_schema, load_config, origin, parse_config, to_yaml
 from scaleclip.config_rules import validate
+from scaleclip.data.cache import ShardCache
 from scaleclip.distributed import World
 from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.errors import ConfigError, RunError
+from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.suite import OpenedSuite
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.node_check import check_node
 from scaleclip.plan_cli import plan
@@ -452,6 +455,8 @@ def test_a_checkpoint_is_evaluated_as_the_stage_that_saved_it(two_stages, monkey
     checkpointer = Checkpointer(folder, world, config.checkpoint, {}).attach(lambda: Shard(fragments, {}))
     checkpointer.save(TrainState(step=step))
     checkpointer.finish()
-    monkeypatch.setattr(evaluate_run, "evaluate", lambda encoder, splits: [encoder.size])
-    monkeypatch.setattr(evaluate_run, "open_splits", lambda *_: [])
-    assert evaluate_run.evaluate_newest(folder, ["a split"]) == (step, [size])
+    measured = SimpleNamespace(name="size", definition="", run=lambda encoder, _: [Figure("", "", encoder.size, 0.0)])
+    monkeypatch.setattr(evaluate_run, "open_evaluations", lambda *_, **__: OpenedSuite([measured], [], []))
+    session = evaluate_run.Session(config.eval, ShardCache(config.data.cache), None)
+    evaluated = session.evaluate(evaluate_run.subject_of(str(folder)))
+    assert (evaluated.subject.step, [figure.value for figure in evaluated.figures]) == (step, [size])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from scaleclip.checkpoint.state import STATE
+from scaleclip.errors import ConfigError
 from scaleclip.files import write_atomic
 
 CHECKSUMS = "checksums.json"
@@ -35,6 +36,16 @@ def saved(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     """The newest of a run's checkpoints whose checksums hold."""
     return next((path for path in reversed(saved(folder)) if damage(path) is None), None)
+
+
+def newest_whole(run: Path) -> Path:
+    """A run's newest whole checkpoint. Raises ConfigError where there is none."""
+    path = newest(run)
+    if path is None and (found := saved(run)):
+        raise ConfigError(f"{run}: all checkpoints are damaged, the newest one by this: {damage(found[-1])}")
+    if path is None:
+        raise ConfigError(f"{run} has no checkpoint to evaluate: train first")
+    return path
 
 
 def step_name(step: int) -> str:

@@ -1,54 +1,51 @@
-"""A model on held-out splits: retrieval both ways and zero-shot accuracy, with chance beside every figure."""
+"""What an evaluation is."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.over_ranks import encode_over_ranks
 from scaleclip.evaluation.results import Figure
-from scaleclip.evaluation.retrieval import chance_recall_at_k, recall_at_k
-from scaleclip.evaluation.splits import SplitData
-from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
 
 
-def evaluate(encoder: Encoder, splits: Sequence[SplitData]) -> list[Figure]:
-    """Every figure of every split, in fp32. The model is left in the mode it was in. All ranks call; each encodes its part.
+class Evaluation(Protocol):
+    """What is measured of a model on opened data."""
 
-    Raises:
-        RunError: an image of a split cannot be used.
-    """
-    with encoder.evaluating():
-        return [figure for data in splits for figure in _evaluate_split(encoder, data)]
+    @property
+    def name(self) -> str:
+        """What it is called among others, for files and people."""
+
+    @property
+    def definition(self) -> str:
+        """What decides its figures, but for the model: equal ones need not be measured again."""
+
+    def run(self, encoder: Encoder, features: Path | None = None) -> list[Figure]:
+        """Its figures. Every rank calls, between `Encoder.evaluating`.
+
+        Args:
+            encoder: the model.
+            features: folder where what was encoded may be kept for a start after a crash; none: nowhere.
+
+        Raises:
+            RunError: something in the data cannot be used.
+        """
 
 
-def _evaluate_split(encoder: Encoder, data: SplitData) -> list[Figure]:
-    split = data.split
+def distinct(figures: Sequence[Figure]) -> list[Figure]:
+    """The figures, those of a further data set of the same name, which measures the same, under `NAME (2)`."""
+    numbers = occurrences([(figure.split, figure.metric) for figure in figures])
+    return [
+        figure if number == 1 else figure._replace(split=f"{figure.split} ({number})")
+        for figure, number in zip(figures, numbers, strict=True)
+    ]
 
-    def encode_images(start: int, stop: int) -> tuple[list[str], Tensor]:
-        keys, pixels_BCHW = data.images(start, stop, encoder.size)
-        return keys, encoder.images(pixels_BCHW)
 
-    parts = encode_over_ranks(data.num_images, encoder.batch, encode_images)
-    keys = [key for some_keys, _ in parts for key in some_keys]
-    image_NE = torch.cat([vectors_BE for _, vectors_BE in parts])
-    text_GE = encoder.texts([entry.text for entry in split.gallery])
-    number = {concept: i for i, concept in enumerate(dict.fromkeys(entry.concept for entry in split.gallery))}
-    image_concept_N = torch.tensor([number[split.concepts[key]] for key in keys])
-    text_concept_G = torch.tensor([number[entry.concept] for entry in split.gallery])
-
-    figures = []
-    for direction, query, items in (
-        ("image -> text", (image_NE, image_concept_N), (text_GE, text_concept_G)),
-        ("text -> image", (text_GE, text_concept_G), (image_NE, image_concept_N)),
-    ):
-        recall = recall_at_k(query[0], items[0], query[1], items[1])
-        chance = chance_recall_at_k(query[1], items[1])
-        figures += [Figure(split.name, f"{direction} R@{k}", recall[k], chance[k]) for k in recall]
-    for task in split.zero_shot:
-        class_CE = class_vectors(task.classes, task.templates, encoder.texts)
-        label_N = torch.tensor([task.labels[key] for key in keys])
-        value, chance_level = accuracy(image_NE, class_CE, label_N), 1 / len(task.classes)
-        figures.append(Figure(split.name, f"zero-shot {task.name}", value, chance_level, majority_share(label_N)))
-    return figures
+def occurrences(keys: Sequence[Hashable]) -> list[int]:
+    """The how many-th of its kind each key is, from 1 on."""
+    seen: Counter[Hashable] = Counter()
+    numbers = []
+    for key in keys:
+        seen[key] += 1
+        numbers.append(seen[key])
+    return numbers

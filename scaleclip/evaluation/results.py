@@ -23,6 +23,11 @@ class Figure(NamedTuple):
     high: float | None = None
     """Upper end."""
 
+    @property
+    def interval(self) -> str:
+        """The interval in per cent, for people; empty where none was made."""
+        return "" if self.low is None or self.high is None else f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+
 
 def write_results(folder: Path, step: int, figures: Sequence[Figure]) -> None:
     """Write the figures of the weights after `step` optimizer steps."""

@@ -1,4 +1,7 @@
-"""Held-out splits: tar shards with a JSON description that fixes galleries, evaluation texts, classes and templates."""
+"""Held-out splits: tar shards with a JSON description that fixes galleries, evaluation texts, classes and templates.
+
+Measured are retrieval both ways and zero-shot accuracy, with chance beside every figure.
+"""
 
 import glob
 import json
@@ -10,12 +13,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from scaleclip.config import DataConfig, Section, SourceConfig
+from scaleclip.config import Section, SourceConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_shards
-from scaleclip.data.transform import centre_crop, open_image, resize
 from scaleclip.errors import ConfigError, RunError
+from scaleclip.evaluation.encoder import Encoder
+from scaleclip.evaluation.over_ranks import encode_over_ranks
+from scaleclip.evaluation.pixels import square_pixels
+from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.retrieval import retrieval_figures
+from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
 from scaleclip.files import resolve_path
 
 
@@ -57,7 +65,8 @@ class SplitData:
 
     def __init__(self, path: Path, cache: ShardCache) -> None:
         try:
-            self.split = Split.model_validate(json.loads(path.read_text()))
+            self.definition = path.read_text()
+            self.split = Split.model_validate(json.loads(self.definition))
         except (OSError, ValueError, ValidationError) as error:
             raise ConfigError(f"eval.splits: {path} cannot be read as a split: {error}") from None
         strange = set(self.split.concepts.values()) - {entry.concept for entry in self.split.gallery}
@@ -65,6 +74,11 @@ class SplitData:
             raise ConfigError(f"eval.splits: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
         patterns = [f"{path.with_suffix('')}-*.tar"]
         self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, cache)
+
+    @property
+    def name(self) -> str:
+        """Of the split."""
+        return self.split.name
 
     @property
     def num_images(self) -> int:
@@ -77,7 +91,6 @@ class SplitData:
         Raises:
             RunError: an image cannot be used; figures over a part of a split would not be comparable.
         """
-        members, max_pixels = SourceConfig().image, DataConfig().max_pixels
         keys: list[str] = []
         pixels: list[Tensor] = []
         for number in range(start, min(stop, self.num_images)):
@@ -85,16 +98,38 @@ class SplitData:
             index = number - int(self.manifest.first_sample[shard])
             try:
                 sample = self._reader(shard, index)
-                picture = open_image(sample.image(members), max_pixels)
-                crop = centre_crop(picture.height, picture.width)
-                image = picture.decode(crop, crop.height)  # every pixel: figures are compared with other systems'
+                image = square_pixels(sample.image(SourceConfig().image), size)
             except SampleError as error:
                 raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
             if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
                 raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
             keys.append(sample.key)
-            pixels.append(resize(image, size, flip=False))
+            pixels.append(image)
         return keys, torch.stack(pixels)
+
+    def run(self, encoder: Encoder, features: Path | None = None) -> list[Figure]:
+        """Its figures; see scaleclip.evaluation.evaluate.Evaluation. A split is encoded anew each time."""
+
+        def encode_images(start: int, stop: int) -> tuple[list[str], Tensor]:
+            keys, pixels_BCHW = self.images(start, stop, encoder.size)
+            return keys, encoder.images(pixels_BCHW)
+
+        split = self.split
+        parts = encode_over_ranks(self.num_images, encoder.batch, encode_images)
+        keys = [key for some_keys, _ in parts for key in some_keys]
+        image_NE = torch.cat([vectors_BE for _, vectors_BE in parts])
+        text_GE = encoder.texts([entry.text for entry in split.gallery])
+        number = {concept: i for i, concept in enumerate(dict.fromkeys(entry.concept for entry in split.gallery))}
+        image_concept_N = torch.tensor([number[split.concepts[key]] for key in keys])
+        text_concept_G = torch.tensor([number[entry.concept] for entry in split.gallery])
+
+        figures = retrieval_figures(split.name, image_NE, text_GE, image_concept_N, text_concept_G)
+        for task in split.zero_shot:
+            class_CE = class_vectors(task.classes, task.templates, encoder.texts)
+            label_N = torch.tensor([task.labels[key] for key in keys])
+            value, chance = accuracy(image_NE, class_CE, label_N), 1 / len(task.classes)
+            figures.append(Figure(split.name, f"zero-shot {task.name}", value, chance, majority_share(label_N)))
+        return figures
 
 
 def open_splits(patterns: Sequence[str], cache: ShardCache) -> list[SplitData]:

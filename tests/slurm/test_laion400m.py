@@ -10,7 +10,7 @@ from runs import rows
 from slurm_cluster import NODES, REPOSITORY, Cluster, need_slurm, wait_until
 
 SCRIPT = REPOSITORY / "slurm" / "laion400m.sh"
-RECIPES = sorted(path for path in SCRIPT.parent.glob("*.sh") if path.stem not in ("job", "demo"))
+RECIPES = sorted(path for path in SCRIPT.parent.glob("*.sh") if path.stem not in ("job", "demo", "eval"))
 NUM_STEPS = 20
 SMALL = (
     "data.sources={laion400m: {shards: 'package:scaleclip/data/demo/train/*.tar'}}",
