@@ -46,6 +46,13 @@ class TarReader:
         # a remote shard with an index need not be fetched
         return load_index(stored or self._made_index(self._cache.path(self._shards[shard]))).keys
 
+    def whole_count(self, shard: int) -> int:
+        """Samples of a shard. Raises SampleError when it cannot be had or is cut off."""
+        opened = self.open(shard)
+        if opened.truncated:
+            raise SampleError("truncated_shard", f"{self._shards[shard]} is cut off: fetch or write it again")
+        return opened.num_samples
+
     def _read(self, opened: "_Shard", ordinal: int) -> Sample:
         start, stop = opened.span(ordinal)
         if stop - start > len(self._buffer):
@@ -86,17 +93,17 @@ def index_path(folder: Path, shard: str) -> Path:
 class _Shard:
     def __init__(self, path: str, index: io.BytesIO) -> None:
         self._path = path
-        blocks, self._truncated, self.num_bytes_indexed = load_blocks(index)
+        blocks, self.truncated, self.num_bytes_indexed = load_blocks(index)
         self._starts = blocks.astype("int64") * BLOCK
+        self.num_samples = len(self._starts) - 1
         self._file = os.open(path, os.O_RDONLY)
         self.num_bytes = os.fstat(self._file).st_size
 
     def span(self, ordinal: int) -> tuple[int, int]:
         """First and last + 1 byte of a sample. Raises SampleError where there is none."""
-        num_samples = len(self._starts) - 1
-        if ordinal >= num_samples:
-            cause = "truncated_shard" if self._truncated else "missing_sample"
-            raise SampleError(cause, f"{self._path} holds {num_samples} samples, sample {ordinal} was asked for")
+        if ordinal >= self.num_samples:
+            cause = "truncated_shard" if self.truncated else "missing_sample"
+            raise SampleError(cause, f"{self._path} holds {self.num_samples} samples, sample {ordinal} was asked for")
         return self._starts.item(ordinal), self._starts.item(ordinal + 1)
 
     def read(self, ordinal: int, start: int, span: memoryview) -> Sample:

@@ -1,5 +1,6 @@
 """A model as evaluations see it."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Encoder:
         """(B, E) features of uint8 pixels, by this rank."""
         return self.model.encode_image(pixels_BCHW.to(self.model.logit_scale.device)).cpu()
 
+    def pooled_images(self, pixels_BCHW: Tensor) -> Tensor:
+        """(B, D) of uint8 pixels, by this rank: fp32 outputs of the image tower before the projection, of any length."""
+        return self.model.pool_image(pixels_BCHW.to(self.model.logit_scale.device)).float().cpu()
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), E) features; every rank calls, encodes a part and gets all."""
 
@@ -34,6 +39,16 @@ class Encoder:
             return self.model.encode_text(self.tokenizer(texts[start:stop]).to(self.model.logit_scale.device)).cpu()
 
         return torch.cat(encode_over_ranks(len(texts), self.batch, encode))
+
+    def image_digest(self) -> str:
+        """Of all that image features depend on but the images: weights, and how the tower is built, fed and pooled."""
+        image = self.model.image
+        digest = hashlib.sha256(image.body.config.to_json_string().encode())
+        digest.update(repr((image.pooling, self.model.pixel_mean, self.model.pixel_std)).encode())
+        for name, value in (*image.state_dict().items(), *self.model.image_projection.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -111,7 +111,7 @@ class DualEncoder(nn.Module):
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         self.log_max_logit_scale = math.log(config.max_logit_scale)
-        self._mean, self._std = config.image.mean, config.image.std
+        self.pixel_mean, self.pixel_std = config.image.mean, config.image.std
         self._constants: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._row_constants(config.image.size, torch.device("cpu"))
 
@@ -153,7 +153,12 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Tensor:
         """Image features [B, E], fp32, of unit length, from uint8 pixels."""
-        return self._project(self.image_projection, self.image(self._prepare(pixels_BCHW), seeds_B).pooled_BD)
+        return self._project(self.image_projection, self.pool_image(pixels_BCHW, seeds_B))
+
+    def pool_image(self, pixels_BCHW: Tensor, seeds_B: Tensor | None = None) -> Tensor:
+        """The image tower's pooled states [B, D], before the projection, from uint8 pixels."""
+        pooled_BD: Tensor = self.image(self._prepare(pixels_BCHW), seeds_B).pooled_BD
+        return pooled_BD
 
     def encode_text(self, tokens_BT: Tensor) -> Tensor:
         """Text features [B, E], fp32, of unit length, from int64 token ids."""
@@ -193,8 +198,8 @@ class DualEncoder(nn.Module):
     def _row_constants(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # kept here, not as buffers: casting the module to bf16 would round those
         if (width, device) not in self._constants:
-            scale = [1 / (255 * std) for std in self._std]
-            offset = [-mean / std for mean, std in zip(self._mean, self._std, strict=True)]
+            scale = [1 / (255 * std) for std in self.pixel_std]
+            offset = [-mean / std for mean, std in zip(self.pixel_mean, self.pixel_std, strict=True)]
             self._constants[width, device] = (
                 torch.tensor(scale * width, device=device),
                 torch.tensor(offset * width, device=device),
