@@ -15,6 +15,7 @@ from scaleclip.data_cli import data_app
 from scaleclip.embed_cli import embed
 from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.eval_cli import evaluate
+from scaleclip.exchange_cli import export
 from scaleclip.exit_codes import exiting_on_errors
 from scaleclip.launch_cli import cancel, check, jobs, launch, logs
 from scaleclip.plan_cli import plan
@@ -103,7 +104,7 @@ def show_config(
         validate(resolved, ranks)
 
 
-for command in (plan, verify_equivalence, embed, launch, jobs, logs, cancel, check):
+for command in (export, plan, verify_equivalence, embed, launch, jobs, logs, cancel, check):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(data_app, name="data")

@@ -261,13 +261,17 @@ class ModelConfig(Section):
     """Head for self-supervision on images; none: no such term."""
     caption_decoder: CaptionDecoderConfig | None = None
     """Decoder that writes captions; none: no such term."""
+    pretrained: str | None = None
+    """Trained dual encoder that both towers, their projections and the logit scale start from: a run's folder, a checkpoint, a
+    folder of transformers (CLIPModel, SiglipModel) or open_clip, or a file of open_clip's or OpenAI's weights. Its tables of
+    positions are resized to `image.size` and `text.context_length`; the rest has to agree with this section."""
     activation_checkpointing: bool = False
     """Recompute a tower's activations in the backward pass instead of storing them."""
 
     def without_pretrained(self) -> "ModelConfig":
         """The same model where its weights come from elsewhere."""
         image, text = (tower.model_copy(update={"pretrained": None}) for tower in (self.image, self.text))
-        return self.model_copy(update={"image": image, "text": text})
+        return self.model_copy(update={"image": image, "text": text, "pretrained": None})
 
 
 class LossConfig(Section):

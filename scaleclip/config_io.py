@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from scaleclip.config import RunConfig, Section, SourceConfig, StageConfig, TextSourceConfig, ViewConfig
+from scaleclip.config import ModelConfig, RunConfig, Section, SourceConfig, StageConfig, TextSourceConfig, ViewConfig
 from scaleclip.config_tree import deep_update, flatten, has, override, with_numbers
 from scaleclip.errors import ConfigError
 
@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "data.prefetch_batches",
     "data.max_bad_fraction",
     # a checkpoint has these weights
+    "model.pretrained",
     "model.*.pretrained",
     "loss.schedule",
     "loss.backend",
@@ -70,6 +71,7 @@ STAGE_MODEL_KEYS = (
     "caption_decoder",
     "activation_checkpointing",
 )
+_QUICK_GELU = "-quickgelu"
 _STAGE_SECTIONS = tuple(name for name in StageConfig.model_fields if name in RunConfig.model_fields)
 # of a stage: mappings in which null leaves an entry of the run's out
 _NAMED_SOURCES = (("data", "sources"), ("data", "text_pairs", "sources"))
@@ -238,6 +240,21 @@ def _presets() -> dict[str, dict[str, Any]]:
 def preset_names() -> list[str]:
     """Names that `model: NAME` takes."""
     return list(_presets())
+
+
+def named_architecture(name: str) -> ModelConfig:
+    """The model of a preset (`ViT-B/32`, or as open_clip writes it, `ViT-B-32`); with `-quickgelu` behind it, OpenAI's GELU.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    plain = name.removesuffix(_QUICK_GELU)
+    by_name = {preset.replace("/", "-"): preset for preset in preset_names()}
+    tree = _preset(by_name.get(plain, plain))
+    if plain != name:
+        act = {"config": {"hidden_act": "quick_gelu"}}
+        tree = deep_update(tree, {"image": act, "text": act})
+    return parse_section(ModelConfig, tree)
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -102,6 +102,12 @@ def _validate_stage(config: RunConfig, world_size: int) -> None:
         raise ConfigError("loss.kind=sigmoid needs model.init_logit_bias: SigLIP starts at -10")
     if config.model.init_logit_bias is not None and config.loss.kind == "softmax":
         raise ConfigError("model.init_logit_bias is set, but a softmax loss does not depend on a bias: unset it")
+    for key, tower in (("image", config.model.image), ("text", config.model.text)):
+        if config.model.pretrained is not None and tower.pretrained is not None:
+            raise ConfigError(
+                f"model.{key}.pretrained={tower.pretrained}, but model.pretrained={config.model.pretrained} has that tower's "
+                f"weights too: unset one of the two"
+            )
     if config.model.init_logit_scale > config.model.max_logit_scale:
         raise ConfigError(
             f"model.init_logit_scale={config.model.init_logit_scale} is above "

@@ -14,7 +14,12 @@ _LINE_S = 10.0  # between lines where there is no terminal
 
 
 def embed(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="Folder of a run: its newest checkpoint.")],
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            metavar="REFERENCE", help="A run (its newest checkpoint), a checkpoint, or a model of transformers or open_clip."
+        ),
+    ],
     data: Annotated[
         list[str], typer.Option(help="Tars, index.json of MDS, tables of rows: files, globs, brace ranges, URLs; repeatable.")
     ],
@@ -42,13 +47,13 @@ def embed(
     from scaleclip.embedding.chunks import Wanted
     from scaleclip.embedding.embed import Embedder
     from scaleclip.embedding.embed import embed as embed_shards
-    from scaleclip.trained_model import load_newest
+    from scaleclip.trained_model import load_model
 
     world = distributed.init()
     with distributed.all_or_none():
-        trained = load_newest(reference)
-    size = trained.config.model.image.size
-    embedder = Embedder(str(reference), trained.step, trained.model, trained.tokenizer, size)
+        trained = load_model(str(reference))
+    size = trained.model_config.image.size
+    embedder = Embedder(trained.name, trained.step, trained.model, trained.tokenizer, size)
     named = {"members": tuple(image)} if image else {}
     wanted = Wanted(
         tuple(data), manifest, what != "texts", **named, text=None if what == "images" else text, batch=batch,

@@ -22,10 +22,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scaleclip.checkpoint.shard import Fragment, Shard
-from scaleclip.config import RunConfig
+from scaleclip.config import ModelConfig, RunConfig
 from scaleclip.deepspeed_config import deepspeed_config
 from scaleclip.distributed import World, all_or_none
 from scaleclip.errors import ConfigError
+from scaleclip.exchange.initial_weights import start_from
 from scaleclip.models.dual_encoder import DualEncoder, Features, Inputs
 from scaleclip.optim import build_optimizer, set_learning_rate
 from scaleclip.traffic import Traffic
@@ -315,10 +316,10 @@ def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> D
     torch.manual_seed(config.run.seed)
     if config.train.zero_stage < 3:
         with all_or_none():
-            model = DualEncoder(config.model)
+            model = _with_first_weights(config.model)
         return model.to(world.device)
     with all_or_none(), contextlib.nullcontext() if world.is_main else torch.device("meta"):
-        model = DualEncoder(config.model)
+        model = _with_first_weights(config.model)
     init = deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32)
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -332,6 +333,13 @@ def _build_model(config: RunConfig, settings: dict[str, Any], world: World) -> D
             there = _on_device(buffer, world.device)
             dist.broadcast(there, 0)
             module._buffers[name] = there
+    return model
+
+
+def _with_first_weights(config: ModelConfig) -> DualEncoder:
+    model = DualEncoder(config)
+    if config.pretrained is not None and not model.logit_scale.is_meta:
+        start_from(model, config)
     return model
 
 

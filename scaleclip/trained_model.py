@@ -1,64 +1,54 @@
 """From what a user names to a model that encodes."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from scaleclip.checkpoint.folders import newest_whole
-from scaleclip.checkpoint.loading import load_weights
-from scaleclip.checkpoint.state import STATE, read_state
 from scaleclip.config import ModelConfig, RunConfig
 from scaleclip.data.tokenizer import Tokenizer, load_tokenizer
+from scaleclip.exchange.initial_weights import fill
+from scaleclip.exchange.source import Source, open_source
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.run_folder import read_config
-from scaleclip.stages import stage_before, stages_of
 
 
 class TrainedModel(NamedTuple):
-    """A checkpoint's model, ready to encode."""
+    """A dual encoder, ready to encode."""
 
-    step: int
-    config: RunConfig
-    """Of the stage that saved it."""
+    name: str
+    """As the user named it."""
+    model_config: ModelConfig
     model: DualEncoder
     """In evaluation mode, on a GPU if there is one."""
     tokenizer: Tokenizer
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """Of the model."""
-        return self.config.model
-
-
-def load_model(reference: str) -> TrainedModel:
-    """The model of a run's newest whole checkpoint, or of a checkpoint's folder.
-
-    Raises:
-        ConfigError: there is no run, or no whole checkpoint.
-    """
-    path = Path(reference)
-    if (path / STATE).exists():
-        return load_checkpoint(path.absolute().parent.parent, path)
-    return load_newest(path)
+    step: int | None = None
+    """Optimizer steps of the run that made it; None for another project's."""
+    config: RunConfig | None = None
+    """Of the stage that saved it; None for another project's."""
 
 
-def load_newest(run: Path) -> TrainedModel:
-    """The model of a run's newest whole checkpoint.
+def load_model(reference: str, architecture: ModelConfig | None = None) -> TrainedModel:
+    """The model that `reference` names: a run, a checkpoint, or a model of transformers, open_clip or OpenAI.
+
+    Args:
+        reference: a path; see scaleclip/exchange/source.py.
+        architecture: of a file of weights that does not say it.
 
     Raises:
-        ConfigError: no run, or no whole checkpoint.
+        ConfigError: nothing is there, or what no tower here computes.
     """
-    return load_checkpoint(run, newest_whole(run))
+    source = open_source(reference, architecture)
+    heads: dict[str, object] = {}
+    if source.checkpoint is not None:  # with the heads that it has
+        model = source.checkpoint.config.model
+        heads = {"projector": model.projector, "caption_decoder": model.caption_decoder}
+    return _built(source, source.config.model_copy(update=heads))
 
 
-def load_checkpoint(run: Path, path: Path) -> TrainedModel:
-    """The model of a checkpoint whose checksums hold. Raises ConfigError where the folder holds no run."""
-    whole, step = read_config(run), read_state(path).step
-    config = stage_before(stages_of(whole), step).config
+def _built(source: Source, config: ModelConfig) -> TrainedModel:
+    model = DualEncoder(config)
+    fill(model, source, config)
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.context_length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DualEncoder(config.model.without_pretrained()).to(device)
-    # persistent buffers, which some towers have, are constants and not in a checkpoint
-    model.load_state_dict(model.state_dict() | load_weights(path))
-    tokenizer = load_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-    return TrainedModel(step, config, model.eval(), tokenizer)
+    checkpoint = source.checkpoint
+    step, run_config = (checkpoint.state.step, checkpoint.config) if checkpoint else (None, None)
+    return TrainedModel(source.reference, config, model.to(device).eval(), tokenizer, step, run_config)

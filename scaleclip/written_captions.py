@@ -7,7 +7,7 @@ from scaleclip.data.cache import ShardCache
 from scaleclip.data.loader import TrainDataset
 from scaleclip.data.source import open_sources
 from scaleclip.errors import ConfigError
-from scaleclip.trained_model import load_newest
+from scaleclip.trained_model import load_model
 
 
 class Written(NamedTuple):
@@ -28,8 +28,9 @@ def written_captions(run: Path, number: int) -> list[Written]:
     Raises:
         ConfigError: no run, no checkpoint, no caption decoder, or fewer samples in a batch.
     """
-    _, config, model, tokenizer = load_newest(run)
-    if config.model.caption_decoder is None or tokenizer.start_id is None:
+    trained = load_model(str(run))
+    config, model, tokenizer = trained.config, trained.model, trained.tokenizer
+    if config is None or config.model.caption_decoder is None or tokenizer.start_id is None:
         raise ConfigError(f"{run} has no model.caption_decoder: train one with a decoder, for example configs/demo/clips.yaml")
     if number > config.train.global_batch:
         raise ConfigError(f"--number={number} is more than train.global_batch={config.train.global_batch}")

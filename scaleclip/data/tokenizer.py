@@ -9,16 +9,19 @@ import html
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ftfy
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from scaleclip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SHIPPED = ("clip", "demo")
 START, END = "<start_of_text>", "<end_of_text>"
@@ -26,6 +29,21 @@ WORD_END = "</w>"
 # English contractions, letters, single digits, the rest; what lies between words is dropped
 WORDS = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 Keep = Literal["first", "random", "block"]
+# what `clean` makes of usual texts, as rules for transformers (`fast_tokenizer`): doubled entities first
+_ENTITIES = {
+    "&amp;amp;": "&amp;",
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "&apos;": "'",
+    "&#39;": "'",
+    "&nbsp;": " ",
+}
+_CHARACTERS = {
+    "[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"', "\u0132": "IJ", "\u0133": "ij", "\ufb00": "ff", "\ufb01": "fi",
+    "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
+}  # fmt: skip
 
 
 class Tokenizer:
@@ -112,12 +130,41 @@ def load_tokenizer(name: str, context_length: int) -> Tokenizer:
         ConfigError: no such tokenizer, or it has no token for the end of a text or for padding.
     """
     if name in SHIPPED:
-        path = importlib.resources.files("scaleclip").joinpath(f"data/vocabularies/{name}_merges.txt")
-        merges = [(left, right) for left, right in (line.split(" ") for line in path.read_text(encoding="utf-8").splitlines())]
-        backend = byte_pair_backend(merges)
+        backend = _shipped_backend(name)
         end_id = backend.get_vocab_size() - 1
         return Tokenizer(name, backend, context_length, start_id=end_id - 1, end_id=end_id, pad_id=0, clean_texts=True)
     return _load_folder(name, context_length)
+
+
+def fast_tokenizer(name: str, context_length: int) -> "PreTrainedTokenizerFast":
+    """The same tokenizer for transformers, with the same ids.
+
+    A shipped one cleans texts as `clean` does, by rules that a tokenizer.json can hold: the usual HTML entities, curly quotes,
+    ligatures, composed characters, lower case. What ftfy alone mends, wrongly decoded text, it does not.
+
+    Raises:
+        ConfigError: see `load_tokenizer`.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    ours = load_tokenizer(name, context_length)
+    if name not in SHIPPED:
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), local_files_only=True)
+        tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side = context_length, "right", "right"
+        return tokenizer
+    backend = _shipped_backend(name)
+    replaced = [*_ENTITIES.items(), *((Regex(characters), plain) for characters, plain in _CHARACTERS.items())]
+    steps = [normalizers.Replace(found, plain) for found, plain in replaced]
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.NFC(), normalizers.Lowercase()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=START,
+        eos_token=END,
+        pad_token=backend.id_to_token(ours.pad_id),
+        model_max_length=context_length,
+        # the names of special tokens are words in a caption
+        split_special_tokens=True,
+    )
 
 
 def clean(text: str) -> str:
@@ -149,6 +196,12 @@ def byte_pair_backend(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer
         single=f"{START} $A {END}", special_tokens=[(START, ids[START]), (END, ids[END])]
     )
     return backend
+
+
+def _shipped_backend(name: str) -> tokenizers.Tokenizer:
+    path = importlib.resources.files("scaleclip").joinpath(f"data/vocabularies/{name}_merges.txt")
+    merges = [(left, right) for left, right in (line.split(" ") for line in path.read_text(encoding="utf-8").splitlines())]
+    return byte_pair_backend(merges)
 
 
 def _load_folder(name: str, context_length: int) -> Tokenizer:

@@ -68,7 +68,7 @@ def shrink(config: RunConfig) -> Shrunk:
     zero = dict(train.deepspeed.get("zero_optimization", {}))
     small = config.model_copy(
         update={
-            "model": model.model_copy(update=towers | heads | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
+            "model": fresh.model_copy(update=towers | heads | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
             "loss": loss.model_copy(update={"compute_dtype": "fp32", "fp32_precision": "ieee", "backend": "panels"}),
             "train": train.model_copy(
                 update={

@@ -50,14 +50,14 @@ def start_from_folder(key: str, tower: ImageTowerConfig | TextTowerConfig, confi
             f"example with `hf download NAME --local-dir FOLDER`"
         )
     theirs = _folder_config(key, tower, folder)
-    differing = {name: _setting(f"{key}.config.{name}", getattr(theirs, name)) for name in _differing(config, theirs)}
+    differing = {name: setting(f"{key}.config.{name}", getattr(theirs, name)) for name in differing_values(config, theirs)}
     settings = [setting for name, setting in differing.items() if name not in TABLE_SIZES]
     if isinstance(tower, ImageTowerConfig):
         settings += _normalisation(tower, folder, theirs)
         if "image_size" in differing and "image_size" not in tower.config:
-            differing["image_size"] = _setting("model.image.size", theirs.image_size)
+            differing["image_size"] = setting("model.image.size", theirs.image_size)
         elif tower.type == TIMM and (theirs.model_args or {}).get("img_size", tower.size) != tower.size:
-            differing["image_size"] = _setting("model.image.size", theirs.model_args["img_size"])
+            differing["image_size"] = setting("model.image.size", theirs.model_args["img_size"])
     if settings:
         raise ConfigError(f"{key}.pretrained={tower.pretrained} belongs to other values: set {' '.join(settings)}")
     if torch.get_default_device().type == "meta":
@@ -80,7 +80,8 @@ def _folder_config(key: str, tower: ImageTowerConfig | TextTowerConfig, folder: 
     )
 
 
-def _differing(ours: PretrainedConfig, theirs: PretrainedConfig) -> list[str]:
+def differing_values(ours: PretrainedConfig, theirs: PretrainedConfig) -> list[str]:
+    """Names of the values in which two towers of a type compute differently; `TABLE_SIZES` among them."""
     names = inspect.signature(type(ours).__init__).parameters.keys() - {"self", "kwargs"}
     compared = [name for name in sorted(names) if hasattr(theirs, name) and not any(part in name for part in FREE)]
     return [name for name in compared if _plain(name, getattr(ours, name)) != _plain(name, getattr(theirs, name))]
@@ -93,8 +94,8 @@ def _plain(name: str, value: Any) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _setting(key: str, value: object) -> str:
-    """As a shell takes it: without spaces."""
+def setting(key: str, value: object) -> str:
+    """A setting as a shell takes it: without spaces."""
     return f"{key}={json.dumps(value, separators=(',', ':'))}"
 
 
@@ -110,7 +111,7 @@ def _normalisation(tower: ImageTowerConfig, folder: Path, config: PretrainedConf
     for name, ours in (("mean", tower.mean), ("std", tower.std)):
         theirs = values.get(f"image_{name}", timms.get(name, ours))
         if not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(ours, theirs, strict=True)):
-            settings.append(_setting(f"model.image.{name}", theirs))
+            settings.append(setting(f"model.image.{name}", theirs))
     return settings
 
 

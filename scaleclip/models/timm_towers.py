@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from scaleclip.errors import ConfigError
@@ -49,3 +50,20 @@ def initialise_timm_tower(body: PreTrainedModel) -> None:
 
     values = body.config
     body.timm_model = timm.create_model(values.architecture, pretrained=False, num_classes=0, **values.model_args)
+
+
+def default_size(architecture: str) -> int:
+    """Height and width of the input that timm builds an architecture for, in pixels."""
+    import timm
+
+    return int(timm.get_pretrained_cfg(architecture).input_size[-1])
+
+
+def default_pool(architecture: str) -> str | None:
+    """How timm pools an architecture where it is told nothing (token, avg, map); None where that is not known."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(architecture, num_classes=0)
+    pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", None)
+    return pool if isinstance(pool, str) else getattr(pool, "pool_type", None)

@@ -82,7 +82,7 @@ class Tower(nn.Module):
 class ImageTower(Tower):
     """Normalised pixels [B, 3, H, W] -> what they are encoded to; `body` is the transformers model.
 
-    `width` is that of pooled states, `state_width` that of tokens.
+    `width` is that of pooled states, `state_width` that of tokens; `num_patches` is 0 in towers without patches.
     """
 
     def __init__(self, config: ImageTowerConfig, checkpointing: bool) -> None:
@@ -108,7 +108,7 @@ class ImageTower(Tower):
         if config.positions == "sincos":
             self._fix_positions(config)
         patch_size = getattr(self.body.config, "patch_size", None)
-        self._num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
+        self.num_patches = (config.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
         # of feature maps, which some of timm's architectures give with channels last
         self._first_place_axis = 1 if config.type == TIMM and vars(self.body.timm_model).get("output_fmt") == "NHWC" else 2
         self.width, self.state_width = self._output_widths(config.size)
@@ -143,7 +143,7 @@ class ImageTower(Tower):
             return cast(Tensor, states[:, 0])
         if states.dim() == 4:
             return cast(Tensor, states.mean((-2, -1)))
-        return cast(Tensor, states[:, -self._num_patches :].mean(1))  # class tokens stand in front
+        return cast(Tensor, states[:, -self.num_patches :].mean(1))  # class tokens stand in front
 
     @torch.no_grad()
     def _fix_positions(self, config: ImageTowerConfig) -> None:

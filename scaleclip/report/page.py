@@ -29,7 +29,7 @@ from scaleclip.report.sheets import Sheet, make_sheet
 from scaleclip.report.tables import Target, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
 from scaleclip.run_folder import read_config, read_starts
 from scaleclip.status import Status, read_status
-from scaleclip.trained_model import load_newest
+from scaleclip.trained_model import load_model
 
 PAGE, PICTURES = "report.html", "report"
 _NO_TARGETS: Mapping[tuple[str, str], Target] = {}
@@ -118,9 +118,9 @@ def _make_sheets(run: Path, config: RunConfig, seed: int) -> tuple[int | None, l
     if not config.eval.splits:
         return None, [], "the run has no eval.splits"
     try:
-        trained = load_newest(run)
+        trained = load_model(str(run))
         splits = open_splits(config.eval.splits, ShardCache(config.data.cache))
-        encoder = Encoder(trained.model, trained.tokenizer, trained.config.model.image.size, config.eval.batch)
+        encoder = Encoder(trained.model, trained.tokenizer, trained.model_config.image.size, config.eval.batch)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         progress = Progress(*columns, transient=True, disable=not Console().is_terminal)
         with progress:

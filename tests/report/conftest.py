@@ -62,5 +62,6 @@ def run(tmp_path, split, encoder, monkeypatch) -> Path:
     ]
     write_results(folder, 20, figures)
     config = parse_config({"model": {"preset": "tiny"}})
-    monkeypatch.setattr(page, "load_newest", lambda run: TrainedModel(20, config, encoder.model, encoder.tokenizer))
+    trained = TrainedModel("run", config.model, encoder.model, encoder.tokenizer, 20, config)
+    monkeypatch.setattr(page, "load_model", lambda reference: trained)
     return folder
