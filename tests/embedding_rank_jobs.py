@@ -14,7 +14,7 @@ from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.distributed import World
 from scaleclip.embedding.chunks import Wanted
 from scaleclip.embedding.embed import Embedder, embed
-from scaleclip.embedding.folder import Summary
+from scaleclip.embedding.folder import FeatureFolder, Summary
 from scaleclip.models.dual_encoder import DualEncoder
 
 
@@ -34,3 +34,15 @@ def embed_shards(wanted: Wanted, out: Path, **settings: Any) -> Summary:
     embedder = make_embedder(settings.get("seed", 0))
     world = distributed.init() if "RANK" in os.environ else World(0, 1, 0, torch.device("cpu"))
     return embed(embedder, wanted, cache, out, settings.get("dtype", "float32"), world, lambda *news: shown.append(news))
+
+
+def embed_and_tell(wanted: Wanted, out: Path) -> tuple[Summary, list[str]]:
+    """The summary, and the shards that this rank wrote."""
+    written, write = list[str](), FeatureFolder.write
+
+    def noting(folder: FeatureFolder, name: str, *arguments: Any) -> None:
+        written.append(name)
+        write(folder, name, *arguments)
+
+    FeatureFolder.write = noting
+    return embed_shards(wanted, out), written

@@ -1,5 +1,6 @@
 """A small model with random weights, for evaluations."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from scaleclip.models.dual_encoder import DualEncoder
 
 def tiny_encoder(folder: Path, batch: int = 4) -> Encoder:
     """Always the same weights; `folder` is for its configuration."""
-    path = folder / "model.yaml"
+    path = folder / f"model-{os.getpid()}.yaml"  # ranks share the folder
     path.write_text(yaml.safe_dump({"model": {"preset": "tiny"}}))
     config = load_config(path).model
     torch.manual_seed(0)

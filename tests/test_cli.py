@@ -56,6 +56,21 @@ def test_every_command_has_help(command):
     [
         ("launch", ("--cluster", "--min-nodes", "--gpus", "--hours", "--sweep", "--evaluate", "--local", "--dry-run")),
         ("jobs", ("FOLDER",)),
+        (
+            "eval",
+            (
+                "REFERENCE",
+                "--suite",
+                "--data",
+                "--split",
+                "--against",
+                "--skip-missing",
+                "--all",
+                "--follow",
+                "--out",
+                "--ranks",
+            ),
+        ),
         ("logs", ("RUN", "--rank", "--lines", "--follow")),
         ("cancel", ("RUN",)),
         ("check", ("CONFIG", "--ranks", "--grace")),

@@ -176,7 +176,8 @@ def test_a_run_that_is_finished_is_followed_to_its_end(trained, tmp_path, here):
 @pytest.mark.slow
 def test_a_run_is_followed_while_it_trains_and_a_kill_is_borne(tiny_config_path, tmp_path):
     folder = tmp_path / "run"
-    training = start("train", tiny_config_path, f"run.folder={folder}", SPLITS, "train.samples=4800", "checkpoint.keep=600")
+    settings = ("train.samples=1600", "checkpoint.every_steps=20", "checkpoint.keep=20")
+    training = start("train", tiny_config_path, f"run.folder={folder}", SPLITS, *settings)
     wait_until(lambda: any((folder / "checkpoints").glob("step_*")), training)
     following = start("eval", folder, "--follow")
     wait_until(lambda: len(list((folder / "evaluations").glob("step_*/*.json"))) >= 2, following)

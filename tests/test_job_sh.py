@@ -127,7 +127,7 @@ def test_nodes_are_checked_before_training_alone(run: Run, tmp_path: Path) -> No
         line = f'home={tmp_path}; check_nodes() {{ echo "checked $*"; }}; srun() {{ echo "$@"; }}; {command}'
         code, output, _ = run(line, SCALECLIP_PYTHON="python")
         assert code == 0
-        assert ("checked c.yaml" in output) == checked
+        assert ("checked" in output) == checked
         assert f"-m scaleclip {'train c.yaml' if checked else 'eval runs/a --follow'}" in output
 
 

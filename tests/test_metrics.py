@@ -80,7 +80,10 @@ def test_going_back_drops_rows_and_the_run_writes_on(tmp_path):
 
 
 def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):
-    figures = [Figure("s", "image -> text R@1", 0.123, 0.002, None), Figure("s", "zero-shot group", 0.5, 0.1, 0.25)]
+    figures = [
+        Figure("s", "image -> text R@1", 0.123, 0.002, None, 0.1101, 0.1349),
+        Figure("s", "zero-shot group", 0.5, 0.1, 0.25),
+    ]
     write_results(tmp_path, 7, figures)
     assert finished_step(tmp_path) == 7
     columns = [list(column.cells) for column in results_table("run", read_results(tmp_path)).columns]
@@ -88,6 +91,7 @@ def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):
         ["s", "s"],
         ["image -> text R@1", "zero-shot group"],
         ["12.3%", "50.0%"],
+        ["11.0 to 13.5", ""],
         ["0.2%", "10.0%"],
         ["", "25.0%"],
     ]

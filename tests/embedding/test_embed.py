@@ -1,5 +1,6 @@
 """Features of shards: right, whole, the same for any number of ranks and after any crash."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embedding_rank_jobs import embed_shards, make_embedder
+from embedding_rank_jobs import embed_and_tell, embed_shards, make_embedder
 from helpers import make_sample, write_tar
 from runs import run, signal_when, start
 from scaleclip.config import CacheConfig
@@ -70,8 +71,10 @@ def test_any_number_of_ranks_writes_the_same_files(shards, tmp_path):
     found = []
     for ranks in (1, 2, 3):
         out = tmp_path / str(ranks)
-        summaries = run_ranks(embed_shards, ranks, wanted(shards), out)
-        assert summaries == [(4, NUM_SAMPLES, {})] * ranks
+        summaries, written = zip(*run_ranks(embed_and_tell, ranks, wanted(shards), out), strict=True)
+        assert list(summaries) == [(4, NUM_SAMPLES, {})] * ranks
+        assert sorted(itertools.chain(*written)) == ["00000", "00001", "00002", "00003"]
+        assert all(written)
         found.append(files(out))
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 5  # four shards and the manifest

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from classified import digits, tiny_encoder, write_folder, write_tars
 from scaleclip.data.cache import ShardCache
@@ -68,6 +68,23 @@ def test_chosen_rows_of_several_sets_are_one_problem() -> None:
 def test_a_search_that_is_cut_short_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logistic, "MOST_ITERATIONS", 2)
     assert not fit([every(classes_of_points(200, seed=0))], 4, 1e-3, CPU).converged
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])
+def test_the_gradient_is_autograds_whatever_the_features_size(scale: float) -> None:
+    """The integers that add up must neither overflow nor be too coarse."""
+    features = classes_of_points(1100, seed=0)
+    # most images of one class, all features of one sign: the largest sum there can be
+    label_N = torch.where(torch.arange(1100) % 50 == 0, features.label_N, 2)
+    features = Features(label_N, tuple((part.abs() + 5) * scale for part in features.parts))
+    weight_CD = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / scale
+    value, gradient = logistic._Objective([every(features)], 4, 3.0, CPU)(weight_CD.numpy().ravel())
+    weight_CD.requires_grad_()
+    logits_NC = pad(features.whole().double(), (0, 1), value=1.0) @ weight_CD.T
+    expected = (cross_entropy(logits_NC, label_N, reduction="sum") + 1.5 * weight_CD[:, :-1].square().sum()) / 1100
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient.reshape(4, 7), weight_CD.grad.numpy(), rtol=1e-10, atol=1e-13 * max(scale, 1))
 
 
 def test_memory_is_bounded_by_a_part(tmp_path: Path) -> None:
