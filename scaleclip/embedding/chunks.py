@@ -70,8 +70,6 @@ class Chunk(NamedTuple):
     """Some samples of a shard, in its order."""
 
     shard: int
-    is_last: bool
-    """Of its shard."""
     num_samples: int
     """Bad ones included."""
     keys: tuple[str, ...]
@@ -127,7 +125,7 @@ class Shards:
                 "safe: start the same command again"
             ) from error
 
-    def read(self, shard: int, start: int, stop: int, *, is_last: bool) -> Chunk:
+    def read(self, shard: int, start: int, stop: int) -> Chunk:
         """Samples `start` to `stop` of a shard, of those that the manifest counts."""
         keys, pixels, texts, bad, error = list[str](), list[Tensor](), list[str](), list[BadSample](), ""
         try:
@@ -151,7 +149,7 @@ class Shards:
             error = str(fault)
         pixels_BCHW = torch.stack(pixels) if pixels else None
         tokens_BT = self._tokenizer(texts) if texts else None
-        return Chunk(shard, is_last, stop - start, tuple(keys), pixels_BCHW, tokens_BT, tuple(bad), error)
+        return Chunk(shard, stop - start, tuple(keys), pixels_BCHW, tokens_BT, tuple(bad), error)
 
     def _text(self, sample: Sample, shard: int, ordinal: int) -> str | None:
         if self._find_text is None:
@@ -185,7 +183,7 @@ class _Chunks(Dataset[Chunk]):
         shard, batch = self._numbers[place], self._shards.wanted.batch
         start = (item - (int(self._ends[place - 1]) if place else 0)) * batch
         stop = min(start + batch, int(self._shards.manifest.counts[shard]))
-        return self._shards.read(shard, start, stop, is_last=item + 1 == int(self._ends[place]))
+        return self._shards.read(shard, start, stop)
 
 
 def _as_is(chunk: Any) -> Any:

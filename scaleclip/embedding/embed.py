@@ -110,8 +110,10 @@ def _embed_shard(
         if chunk.tokens_BT is not None:
             parts["text"].append(model.encode_text(chunk.tokens_BT.to(device, non_blocking=True)).cpu())
         if progress:
-            progress.add(chunk.num_samples, is_last=chunk.is_last)
+            progress.add(chunk.num_samples)
     if error:
+        if progress:
+            progress.end_shard(is_there=False)
         return error
     try:
         folder.write(name, keys, {column: torch.cat(some) for column, some in parts.items()}, bad)
@@ -120,6 +122,8 @@ def _embed_shard(
             f"{folder.path} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same "
             f"command again"
         ) from fault
+    if progress:
+        progress.end_shard(is_there=True)
     return ""
 
 
@@ -140,15 +144,18 @@ class _Progress:
         self._begun_s = self._looked_s = time.monotonic()
         self._seen = self._own_since = self._own_open = 0
 
-    def add(self, num_samples: int, *, is_last: bool) -> None:
-        """Samples of a shard of this rank's, which is written after the last ones."""
+    def add(self, num_samples: int) -> None:
+        """Samples of a shard of this rank's, which is written when all of them are encoded."""
         self._own_open += num_samples
-        if is_last:
-            self._own_since, self._own_open = self._own_since + self._own_open, 0
         if time.monotonic() - self._looked_s > _LOOK_S:
             self.look()
         else:
             self._tell()
+
+    def end_shard(self, *, is_there: bool) -> None:
+        """It is written, and will be seen by its file, or cannot be had."""
+        self._own_since += self._own_open if is_there else 0
+        self._own_open = 0
 
     def look(self) -> None:
         """See what is finished."""
