@@ -66,11 +66,15 @@ def report(
     no_sheets: Annotated[
         bool, typer.Option("--no-sheets", help="Leave out what needs the model: neighbours, similarities.")
     ] = False,
+    against: Annotated[str | None, typer.Option(help="A system of configs/targets.yaml whose figures stand beside.")] = None,
 ) -> None:
     """Show a run as one page, RUN/report.html, and as pictures, RUN/report: curves, results, what its model finds."""
+    from scaleclip.evaluation.targets import load_target
     from scaleclip.report.page import write_report
+    from scaleclip.report.tables import target_values
 
-    typer.echo(str(write_report(run, seed=seed, with_sheets=not no_sheets)))
+    targets = {} if against is None else target_values(load_target(against))
+    typer.echo(str(write_report(run, seed=seed, with_sheets=not no_sheets, targets=targets)))
 
 
 @app.command("config")

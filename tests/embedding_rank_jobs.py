@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from report_runs import tiny_config
 from scaleclip import distributed
 from scaleclip.config import CacheConfig
-from scaleclip.config_io import parse_config
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.distributed import World
@@ -20,7 +20,7 @@ from scaleclip.models.dual_encoder import DualEncoder
 
 def make_embedder(seed: int = 0) -> Embedder:
     """A model of random weights."""
-    config = parse_config({"model": {"preset": "tiny"}}).model
+    config = tiny_config().model
     torch.manual_seed(seed)
     model = DualEncoder(config).eval()
     tokenizer = load_tokenizer(config.text.tokenizer, config.text.context_length)

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from scaleclip.config_io import parse_config, to_yaml
+from scaleclip.config import RunConfig
+from scaleclip.config_io import load_config, to_yaml
+from scaleclip.files import resolve_path
 
 ATTACK = "<script>document.title = 'broken'</script>"
 NUM_CONCEPTS, NUM_IMAGES = 9, 14
@@ -19,10 +21,15 @@ def make_row(step: int, **changes) -> dict:
     return row | changes
 
 
+def tiny_config(*overrides: str) -> RunConfig:
+    """The demo's configuration with a tiny model."""
+    return load_config(resolve_path("package:scaleclip/configs/demo.yaml"), ["model=tiny", *overrides])
+
+
 def make_run(folder: Path, rows: list[dict], splits: tuple[str, ...] = (), starts: tuple[int, ...] = (0,)) -> Path:
     """A run's folder as training leaves it."""
     folder.mkdir(exist_ok=True)
-    config = parse_config({"run": {"folder": str(folder)}, "model": {"preset": "tiny"}, "eval": {"splits": list(splits)}})
+    config = tiny_config(f"run.folder={folder}", f"eval.splits={list(splits)}")
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = {

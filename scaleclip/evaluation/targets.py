@@ -69,8 +69,8 @@ def load_target(name: str) -> Target:
     targets = load_targets()
     if name not in targets:
         close = difflib.get_close_matches(name, list(targets), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ConfigError(f"--against={name}: there is no such target{hint} configs/targets.yaml has {', '.join(targets)}")
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        raise ConfigError(f"--against={name}: there is no such target{hint}; configs/targets.yaml has {', '.join(targets)}")
     return targets[name]
 
 

@@ -26,17 +26,17 @@ from scaleclip.report.curves import Marks, draw_curves
 from scaleclip.report.drawings import draw_sheet, shorten
 from scaleclip.report.picture import Picture
 from scaleclip.report.sheets import Sheet, make_sheet
-from scaleclip.report.tables import Target, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
+from scaleclip.report.tables import TargetValue, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
 from scaleclip.run_folder import read_config, read_starts
 from scaleclip.status import Status, read_status
 from scaleclip.trained_model import load_model
 
 PAGE, PICTURES = "report.html", "report"
-_NO_TARGETS: Mapping[tuple[str, str], Target] = {}
+_NO_TARGETS: Mapping[tuple[str, str], TargetValue] = {}
 
 
 def write_report(
-    run: Path, *, seed: int = 0, with_sheets: bool = True, targets: Mapping[tuple[str, str], Target] = _NO_TARGETS
+    run: Path, *, seed: int = 0, with_sheets: bool = True, targets: Mapping[tuple[str, str], TargetValue] = _NO_TARGETS
 ) -> Path:
     """Write RUN/report.html, which needs no other file and no network, and RUN/report/*.png; the page's path.
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from scaleclip.data.tally import QUARANTINE, read_quarantine
 from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.targets import Target
 from scaleclip.metrics import read_evaluations, read_whole_lines
 
 _MOST_STEPS, _MOST_SHARDS, _MOST_BAD_STEPS = 8, 5, 10
 
 
-class Target(NamedTuple):
+class TargetValue(NamedTuple):
     """What a figure should be."""
 
     value: float
@@ -28,7 +29,7 @@ class Result(NamedTuple):
     """A figure with what it is held against."""
 
     figure: Figure
-    target: Target | None
+    target: TargetValue | None
 
     @property
     def difference(self) -> float | None:
@@ -36,7 +37,15 @@ class Result(NamedTuple):
         return None if self.target is None else self.figure.value - self.target.value
 
 
-def result_groups(figures: Sequence[Figure], targets: Mapping[tuple[str, str], Target]) -> list[tuple[str, list[Result]]]:
+def target_values(target: Target) -> dict[tuple[str, str], TargetValue]:
+    """What a system is reported to reach, by (split, metric)."""
+    return {
+        (each.dataset, each.metric): TargetValue(each.percent / 100, f"{target.source}, {each.where}")
+        for each in target.figures
+    }
+
+
+def result_groups(figures: Sequence[Figure], targets: Mapping[tuple[str, str], TargetValue]) -> list[tuple[str, list[Result]]]:
     """Figures by split, in their order, each with its target by (split, metric)."""
     return [
         (split, [Result(figure, targets.get((figure.split, figure.metric))) for figure in rows])

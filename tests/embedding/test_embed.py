@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedding_rank_jobs import embed_and_tell, embed_shards, make_embedder
-from helpers import make_sample, write_tar
+from helpers import encode_image, make_sample, write_tar
 from runs import run, signal_when, start
 from scaleclip.config import CacheConfig
 from scaleclip.data.cache import ShardCache
@@ -44,6 +44,8 @@ def features(out: Path, column: str) -> np.ndarray:
 
 def test_features_are_the_encoders(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "_LOOK_S", 0.0)  # what is being written is not told as less
+    # so large that training would not decode every pixel
+    write_tar(shards / "00001.tar", [make_sample(n, jpg=encode_image(n, "JPEG", (400, 300))) for n in range(4)])
     shown = []
     summary = embed_shards(wanted(shards, workers=1), tmp_path / "out", shown=shown)
     assert summary == (4, NUM_SAMPLES, {})

@@ -84,7 +84,7 @@ def test_the_first_of_several_counts():
 
 
 def test_an_unknown_target_gets_a_suggestion():
-    with pytest.raises(ConfigError, match=r"--against=laclip-cc12-b16: .* did you mean 'laclip-cc12m-b16'"):
+    with pytest.raises(ConfigError, match=r"--against=laclip-cc12-b16: .* \(did you mean 'laclip-cc12m-b16'"):
         load_target("laclip-cc12-b16")
     with pytest.raises(ConfigError, match=r"configs/targets\.yaml has open-clip-laion400m-b32, "):
         load_target("x")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from helpers import make_sample, write_tar
-from report_runs import ATTACK, NUM_CONCEPTS, NUM_IMAGES, make_row, make_run
-from scaleclip.config_io import parse_config
+from report_runs import ATTACK, NUM_CONCEPTS, NUM_IMAGES, make_row, make_run, tiny_config
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.results import Figure, write_results
@@ -34,7 +33,7 @@ def split(tmp_path) -> Path:
 
 @pytest.fixture
 def encoder() -> Encoder:
-    config = parse_config({"model": {"preset": "tiny"}}).model
+    config = tiny_config().model
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.text.tokenizer, config.text.context_length)
     return Encoder(DualEncoder(config).eval(), tokenizer, config.image.size, 4)
@@ -61,7 +60,7 @@ def run(tmp_path, split, encoder, monkeypatch) -> Path:
         Figure("held", "zero-shot x", 0.5, 0.1, 0.25),
     ]
     write_results(folder, 20, figures)
-    config = parse_config({"model": {"preset": "tiny"}})
+    config = tiny_config()
     trained = TrainedModel("run", config.model, encoder.model, encoder.tokenizer, 20, config)
     monkeypatch.setattr(page, "load_model", lambda reference: trained)
     return folder

@@ -20,9 +20,10 @@ from scaleclip.data.cache import ShardCache
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.splits import open_splits
+from scaleclip.evaluation.targets import load_target
 from scaleclip.report import page, sheets
 from scaleclip.report.page import write_report
-from scaleclip.report.tables import Target, evaluation_history, history_table
+from scaleclip.report.tables import TargetValue, evaluation_history, history_table, target_values
 
 
 def text_of(path: Path) -> str:
@@ -32,7 +33,7 @@ def text_of(path: Path) -> str:
 
 
 def test_the_page_shows_what_lies_in_the_folder(run):
-    written = write_report(run, targets={("held", "image -> text R@1"): Target(0.2, "a paper, table 3")})
+    written = write_report(run, targets={("held", "image -> text R@1"): TargetValue(0.2, "a paper, table 3")})
     assert written == run / "report.html"
     text = text_of(written)
     for said in (
@@ -171,3 +172,10 @@ def test_the_command_shows_a_run_that_was_trained(undisturbed, tmp_path):
     assert "first right image: place" in text
     assert (folder / "report" / "map_unseen_clipart.png").exists()
     assert "left out: it was asked to be" in text_of(Path(runs.run("report", folder, "--no-sheets").strip()))
+
+
+def test_reported_figures_stand_beside_those_of_the_same_name():
+    values = target_values(load_target("laclip-cc12m-b16"))
+    value = values["imagenet1k", "zero-shot top-1"]
+    assert value.value == pytest.approx(0.484)
+    assert "2305.20088" in value.source
