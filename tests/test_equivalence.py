@@ -159,7 +159,7 @@ def test_every_layout_takes_the_steps_of_one_process(shrunk, stage):
         check_traffic(verdict, config)
 
 
-@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_bf16_gradients_of_64_chunks_are_added_up_in_fp32(shrunk, stage):
     """Against the same bf16 passes added up in fp64; adding up in bf16 would be off by several 1e-3."""
     small = shrunk()

@@ -92,6 +92,7 @@ def test_a_suite_is_measured_kept_and_not_measured_again(trained, suite, here):
     assert figures(trained) == results, "which are of the run's own splits"
 
 
+@pytest.mark.slow
 def test_ranks_measure_the_same(trained, suite, tmp_path):
     out = {}
     for ranks in (1, 2):

@@ -96,7 +96,7 @@ def test_a_recipe_s_job_fits_its_configuration(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=() if path.stem == "slip" else pytest.mark.slow) for path in FULL], ids=stem
+    "path", [pytest.param(path, marks=() if path.stem == "siglip" else pytest.mark.slow) for path in FULL], ids=stem
 )
 def test_a_full_configuration_is_planned(path: Path) -> None:
     gpus = ["--gpus", "64", "--gpu", "h100", "train.micro_batch=auto"]

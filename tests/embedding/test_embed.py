@@ -71,6 +71,7 @@ def test_features_are_the_encoders(shards, tmp_path, monkeypatch):
     torch.testing.assert_close(torch.from_numpy(features(out, "text")), text_NE, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_writes_the_same_files(shards, tmp_path):
     found = []
     for ranks in (1, 2, 3):

@@ -207,6 +207,7 @@ print(peak() - before, prepared.num_bytes)
 """
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     """To open_clip, which has queries, keys and values as one tensor."""
     config = small_preset("tiny")

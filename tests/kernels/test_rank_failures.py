@@ -32,7 +32,7 @@ FAULTS = {
     "other_batch": "calls the loss with sizes=[",
 }
 
-FAST = ("bad_argument", "killed_in_backward", "other_batch", "killed_before_the_first_call")
+FAST = ("bad_argument", "killed_in_backward")
 
 
 def _store_in_a_file(folder: Path) -> dist.Store:

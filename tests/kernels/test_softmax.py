@@ -81,6 +81,7 @@ def test_error_budget_of_unequal_anchors(scale: float, weights: tuple[float, flo
         assert_within_budget(Inputs("softmax", regime, 60, 64, scale, views=3), weights=weights, column_valid=column_valid)
 
 
+@pytest.mark.slow
 def test_error_budget_of_random_options(monkeypatch: pytest.MonkeyPatch) -> None:
     check_random_cases("softmax", range(40), monkeypatch)
 

@@ -142,6 +142,7 @@ def test_error_budget_with_extra_columns(loss: str, dtype: torch.dtype) -> None:
     assert_within_budget(inputs(loss, "hot", 40, 40, 100.0, extras=90, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_error_budget_of_random_options(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_random_cases(loss, range(1000, 1006), monkeypatch, "triton", most_logits=6000)
