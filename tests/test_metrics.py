@@ -95,3 +95,5 @@ def test_the_table_puts_chance_and_majority_beside_each_figure(tmp_path):
         ["0.2%", "10.0%"],
         ["", "25.0%"],
     ]
+    without = results_table("run", [figure._replace(low=None, high=None) for figure in figures])
+    assert [column.header for column in without.columns] == ["split", "figure", "measured", "chance", "majority class"]
