@@ -42,6 +42,7 @@ def embed(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from scaleclip import distributed
+    from scaleclip.checkpoint.folders import newest_whole
     from scaleclip.config import CacheConfig
     from scaleclip.data.cache import ShardCache
     from scaleclip.embedding.chunks import Wanted
@@ -50,10 +51,12 @@ def embed(
     from scaleclip.trained_model import load_model
 
     world = distributed.init()
+    # the newest checkpoint may be another one in a moment
+    path = distributed.on_main(lambda: newest_whole(reference) if (reference / "checkpoints").is_dir() else reference)
     with distributed.all_or_none():
-        trained = load_model(str(reference))
+        trained = load_model(str(path))
     size = trained.model_config.image.size
-    embedder = Embedder(trained.name, trained.step, trained.model, trained.tokenizer, size)
+    embedder = Embedder(str(reference), trained.step, trained.model, trained.tokenizer, size)
     named = {"members": tuple(image)} if image else {}
     wanted = Wanted(
         tuple(data), manifest, what != "texts", **named, text=None if what == "images" else text, batch=batch,

@@ -89,7 +89,7 @@ def evaluate(
         if log:
             log.close()
     else:
-        found = session.evaluate(evaluate_run.subject_of(reference))
+        found = session.evaluate(distributed.on_main(lambda: evaluate_run.subject_of(reference)))
         if found is None:
             raise ConfigError(f"{reference} was deleted before it was evaluated")
         _show(console, session, found, target)

@@ -177,8 +177,8 @@ def subject_of(reference: str) -> Subject:
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """Of a run, oldest first. Raises ConfigError where there are none."""
-    found = [path for path in saved(run) if damage(path) is None]
+    """Of a run, oldest first, as rank 0 sees them. Every rank calls. Raises ConfigError where there are none."""
+    found = on_main(lambda: [path for path in saved(run) if damage(path) is None])
     if not found:
         raise ConfigError(f"{run} has no whole checkpoint to evaluate: train first")
     return found

@@ -23,7 +23,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def resolve_path(path: str) -> str:
-    """A path or pattern of a configuration on this machine: `package:x/y` lies in the installed package x."""
+    """A path or pattern of a configuration on this machine: `package:x/y` lies in the installed package x. URLs stay."""
+    if "://" in path:
+        return path
     if not path.startswith(PACKAGE_SCHEME):
         return str(Path(path).expanduser())
     package, _, rest = path.removeprefix(PACKAGE_SCHEME).partition("/")

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         "cli_arguments", "data", "distributed", "evaluate_run", "evaluation", "metrics", "report", "run_folder", "start_ranks",
     },
     "embedding": {"config", "data", "distributed", "models"},
-    "embed_cli": {"cli_arguments", "config", "data", "distributed", "embedding", "start_ranks", "trained_model"},
+    "embed_cli": {"checkpoint", "cli_arguments", "config", "data", "distributed", "embedding", "start_ranks", "trained_model"},
     "written_captions": {"data", "trained_model"},
     "captions_cli": {"cli_arguments", "written_captions"},
     "report": {"config", "config_io", "data", "evaluation", "metrics", "run_folder", "status", "trained_model"},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.tokenizer import Tokenizer
-from scaleclip.distributed import World, all_or_none, gather_objects
+from scaleclip.distributed import World, all_or_none, gather_objects, on_main
 from scaleclip.embedding.chunks import BadSample, Chunk, Shards, Wanted
 from scaleclip.embedding.folder import DType, FeatureFolder, Summary, file_names, weights_digest
 from scaleclip.errors import RunError
@@ -85,7 +85,7 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
             f"{len(failed)} of {len(names)} shards could not be read, the others are done; the first: {failed[0]}; start the "
             f"same command again for those"
         )
-    summary = folder.summary(names)
+    summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
     if world.is_main:
         folder.complete(embedder.name, summary)
     return summary

@@ -201,7 +201,7 @@ class _Tars:
         self._read = TarReader(shards, cache)
         try:
             # clip-benchmark's shards have no counts beside them
-            counts = [len(self._read.keys(shard)) for shard in range(len(shards))]
+            counts = [self._read.whole_count(shard) for shard in range(len(shards))]
         except SampleError as error:
             raise ConfigError(f"{name}: {error}") from None
         self._ends = np.cumsum(counts)

@@ -171,7 +171,11 @@ def _few_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Seque
     assert isinstance(task, FewShotConfig)
     data = open_labelled(name, placed[0], cache)
     options = task.model_dump(include={"ways", "shots", "queries", "episodes", "seed"})
-    return _Opened(lambda encoder, _: evaluate_few_shot(encoder, data, **options), data.fingerprint())
+
+    def measure(encoder: Encoder, features: Path | None) -> list[Figure]:
+        return evaluate_few_shot(encoder, data, features=features, **options)
+
+    return _Opened(measure, data.fingerprint())
 
 
 def _linear_probe(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:

@@ -156,6 +156,13 @@ def test_a_broken_image_stops(tmp_path, cache):
         data.read(0, 4, 32)
 
 
+def test_a_tar_that_is_cut_off_is_an_error(tmp_path, cache):
+    path = tars(tmp_path / "t") / "1.tar"
+    path.write_bytes(path.read_bytes()[:1200])
+    with pytest.raises(ConfigError, match=r"1\.tar is cut off"):
+        CaptionedImages("cut", str(tmp_path / "t"), "test", cache)
+
+
 def test_an_image_without_captions_stops(tmp_path, cache):
     write_tar(tmp_path / "0.tar", [("a", {"jpg": encode_image(0, "JPEG"), "txt": b"\n \n"})])
     with pytest.raises(RunError, match=r"mine, image 0 \(a\) has no captions"):

@@ -150,6 +150,20 @@ def test_an_unknown_suite_and_file_are_errors():
         load_suite("/nowhere/my.yaml")
 
 
+def test_data_sets_may_lie_behind_urls(tmp_path, cache, monkeypatch):
+    asked = []
+
+    def open_at(name, path, cache):
+        asked.append((name, path))
+        raise ConfigError("no store here")
+
+    monkeypatch.setattr("scaleclip.evaluation.labelled.open_labelled", open_at)
+    for root in ("s3://bucket/eval", "https://host/eval"):
+        with pytest.raises(ConfigError, match="no store here"):
+            open_suite(load_suite("imagenet"), root, cache)
+    assert asked == [("imagenet1k", f"{root}/imagenet1k/test") for root in ("s3://bucket/eval", "https://host/eval")]
+
+
 def test_every_missing_data_set_is_named_with_its_layout(tmp_path, cache):
     (tmp_path / "coco").mkdir()
     with pytest.raises(ConfigError) as caught:
@@ -194,7 +208,7 @@ def test_tasks_are_called_with_their_options_and_averaged(tmp_path, cache, class
     calls = {(metric, name): (path, more, options) for metric, name, path, more, options in classified}
     assert calls["zero-shot", "pets"] == (f"{tmp_path}/pets/test", (("prompts of pets", "pets"),), {"mean_per_class": True})
     assert calls["zero-shot", "dtd"][2] == {"mean_per_class": False}
-    options = {"ways": 5, "shots": 5, "queries": 15, "episodes": 7, "seed": 3}
+    options = {"features": features, "ways": 5, "shots": 5, "queries": 15, "episodes": 7, "seed": 3}
     assert calls["5-way 5-shot", "dtd"] == (f"{tmp_path}/dtd/test", (), options)
     train, [test], options = calls["linear probe", "pets"]
     assert (train, test.path) == (f"{tmp_path}/pets/train", f"{tmp_path}/pets/test")
