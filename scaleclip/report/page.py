@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -126,7 +127,7 @@ def _make_sheets(run: Path, config: RunConfig, seed: int) -> tuple[int | None, l
         with progress:
             task = progress.add_task("retrieval", total=sum(each.num_images + len(each.split.gallery) for each in splits))
             sheets = [make_sheet(encoder, each, seed, lambda done: progress.advance(task, done)) for each in splits]
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError, torch.OutOfMemoryError) as error:  # the run may go on, on this device too
         return None, [], str(error)
     return trained.step, sheets, ""
 
