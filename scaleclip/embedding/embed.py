@@ -64,6 +64,7 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
         identity = {
             "step": embedder.step, "weights": weights_digest(model), "image_size": embedder.size,
             "tokenizer": embedder.tokenizer.name, "text": wanted.text,
+            "image": list(wanted.members) if wanted.images else None,
         }  # fmt: skip
         folder = FeatureFolder(out, wanted.columns, model.image_projection.out_features, dtype, identity)
         if world.is_main:

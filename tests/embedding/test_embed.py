@@ -174,7 +174,12 @@ def test_half_precision_is_the_rounded_feature(shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "settings", "named"),
-    [({}, {"seed": 1}, "weights: '"), ({"text": None}, {}, "columns"), ({}, {"dtype": "float16"}, "dtype: 'float32' there")],
+    [
+        ({}, {"seed": 1}, "weights: '"),
+        ({"text": None}, {}, "columns"),
+        ({"members": ("png", "jpg")}, {}, "image: "),
+        ({}, {"dtype": "float16"}, "dtype: 'float32' there"),
+    ],
 )
 def test_other_features_need_another_folder(shards, tmp_path, changes, settings, named):
     out = tmp_path / "out"
