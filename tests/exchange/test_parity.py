@@ -53,6 +53,7 @@ class Case(NamedTuple):
     open_clip: bool
 
 
+FAMILIES = ("tiny", "ViT-quickgelu", "Recap", "Jina", "ConvNeXt", "SigLIP", "SigLIP-and-BERT", "CLIP-and-BERT", "ViT-and-BERT")
 CASES = {
     "tiny": Case("tiny", {}, "CLIPModel", True),
     "ViT": Case("ViT-B/16", {}, "CLIPModel", True),
@@ -133,9 +134,9 @@ def check(config: ModelConfig, to: Format, kind: str, tmp_path: Path, monkeypatc
 
 
 def cases(held: bool | None = None) -> list[Any]:
-    """Names, of those that open_clip holds or not; timm's at its own size are slow."""
+    """Names, of those that open_clip holds or not; the families' are fast, but for timm's at its own size."""
     names = [name for name, case in CASES.items() if held in (None, case.open_clip)]
-    return [pytest.param(name, marks=pytest.mark.slow if name == "timm" else ()) for name in names]
+    return [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", cases())

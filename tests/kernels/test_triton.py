@@ -79,7 +79,7 @@ def test_error_budget_of_whole_panels(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("regime", ["gap", "low"])
+@pytest.mark.parametrize("regime", ["gap", pytest.param("low", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("dtype", "compute_dtype"), LOW)
 def test_error_budget_in_16_bits(
