@@ -397,7 +397,7 @@ class MetricsConfig(Section):
 
 class EvalConfig(Section):
     splits: StringList = ()
-    """Split descriptions (JSON beside their tar shards) evaluated after training; globs and `package:` work."""
+    """Split descriptions (JSON beside their tar shards), evaluated at the end and by `every_steps`; globs, `package:` work."""
     suite: str | None = None
     """Suite evaluated as well: a name of `configs/suites.yaml`, or one's own YAML file (`FILE`, or `FILE:NAME`)."""
     data: str = "data"

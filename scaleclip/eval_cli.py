@@ -111,7 +111,7 @@ def _show(console: "Console", session: "Session", evaluated: "Evaluated", target
     if target:
         folder = session.folder(subject)
         # those of other suites too, this one's means first
-        known = [*evaluated.figures, *(read_saved(folder) if folder else ())]
+        known = [*evaluated.figures, *(read_saved(folder, subject.identity) if folder else ())]
         console.print(targets_table(target, compare(target, known)))
 
 

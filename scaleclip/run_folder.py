@@ -1,7 +1,7 @@
 """The folder of a run: what started it, with what, and whether it may go on.
 
 config.yaml (resolved), provenance.json, metrics.jsonl, evaluations.jsonl, results.json, log/<start>/<rank>.log, checkpoints/
-with step_<step>/ and latest, report.html and report/.
+with step_<step>/ and latest, evaluations/step_<step>/, report.html and report/.
 """
 
 import fcntl

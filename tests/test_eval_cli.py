@@ -13,6 +13,7 @@ from helpers import encode_image, write_tar
 from runs import SPLITS, figures, finish, run, start, wait_until
 from scaleclip import distributed
 from scaleclip.cli import app
+from scaleclip.evaluate_run import subject_of
 
 pytestmark = pytest.mark.xdist_group("eval_cli")
 
@@ -151,7 +152,8 @@ def test_expected_stands_beside_measured(trained, tmp_path, here):
     folder = tmp_path / "out" / "step_00000008"
     folder.mkdir(parents=True)
     row = {"split": "imagenet1k", "metric": "zero-shot top-1", "value": 0.5, "chance": 0.001, "low": 0.48, "high": 0.52}
-    (folder / "zero-shot-imagenet1k.json").write_text(json.dumps({"figures": [row]}))
+    for name, weights, value in (("a", "others", 0.9), ("zero-shot-imagenet1k", subject_of(str(trained)).identity, 0.5)):
+        (folder / f"{name}.json").write_text(json.dumps({"weights": weights, "figures": [row | {"value": value}]}))
     output = here(trained, "--out", tmp_path / "out", "--against", "laclip-cc12m-b16")
     [line] = [line for line in output.splitlines() if "48.40" in line]
     assert [part for part in ("50.00", "+1.60", "48.0 to 52.0") if part not in line] == []

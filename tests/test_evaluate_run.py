@@ -94,7 +94,9 @@ def test_what_was_measured_of_the_same_weights_is_not_measured_again(run, measur
     assert (first.is_new, first.subject.step, len(measured.seen)) == (True, 4, 2)
     again = session(run).evaluate(subject_of(str(path)))
     assert (again.is_new, again.figures, len(measured.seen)) == (False, first.figures, 2)
-    assert read_saved(run.folder / "evaluations" / "step_00000004") == first.figures
+    kept = run.folder / "evaluations" / "step_00000004"
+    assert read_saved(kept, first.subject.identity) == first.figures
+    assert read_saved(kept, "other weights") == []
     tree = json.loads((run.folder / "evaluations" / "step_00000004" / "a.json").read_text())
     assert (tree["step"], tree["evaluation"]) == (4, "a")
     assert not list((run.folder / "evaluations").rglob("*features*"))

@@ -34,8 +34,8 @@ class SavedFigures:
         """Keep the figures of an evaluation."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = [figure._asdict() for figure in figures]
-        tree = {"evaluation": name, "step": self._step, "of": self._digest(definition), "figures": rows}
-        write_atomic(self.path(name), json.dumps(tree, indent=2))
+        tree = {"evaluation": name, "step": self._step, "weights": self._identity, "of": self._digest(definition)}
+        write_atomic(self.path(name), json.dumps(tree | {"figures": rows}, indent=2))
 
     def path(self, name: str) -> Path:
         """Of an evaluation's file."""
@@ -49,9 +49,10 @@ class SavedFigures:
         return hashlib.sha256(f"{self._identity}\n{definition}".encode()).hexdigest()[:16]
 
 
-def read_saved(folder: Path) -> list[Figure]:
-    """Every figure in such a folder, by file name."""
-    return [figure for path in sorted(folder.glob("*.json")) for figure in _figures(json.loads(path.read_text()))]
+def read_saved(folder: Path, identity: str) -> list[Figure]:
+    """Every figure of these weights in such a folder, by file name."""
+    trees = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [figure for tree in trees if tree["weights"] == identity for figure in _figures(tree)]
 
 
 def _figures(tree: dict[str, list[dict[str, object]]]) -> list[Figure]:

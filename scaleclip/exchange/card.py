@@ -92,7 +92,7 @@ def _recipe(config: RunConfig) -> Iterator[str]:
 
 def _results(checkpoint: Checkpoint) -> Iterator[str]:
     if finished_step(checkpoint.run) != checkpoint.state.step:
-        yield "None of this checkpoint: `scaleclip eval` makes them."
+        yield "None of this checkpoint by the data that its run measures itself: `scaleclip eval RUN` makes them."
         return
     yield "| data | metric | value | chance |"
     yield "|---|---|---:|---:|"

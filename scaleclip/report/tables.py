@@ -60,7 +60,7 @@ def evaluation_history(run: Path) -> list[dict[str, Any]]:
     """
     found: dict[int, dict[str, Any]] = {row["step"]: dict(row) for row in read_evaluations(run)}
     for path in sorted((run / "evaluations").glob("**/*.json")):
-        # step_00000500.json, or a file a data set below step_00000500/
+        # a file a data set, below step_00000500/
         named = re.search(r"step_(\d+)", str(path.relative_to(run)))
         content = json.loads(path.read_text())
         if named and "figures" in content:
