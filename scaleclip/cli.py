@@ -71,10 +71,9 @@ def report(
     """Show a run as one page, RUN/report.html, and as pictures, RUN/report: curves, results, what its model finds."""
     from scaleclip.evaluation.targets import load_target
     from scaleclip.report.page import write_report
-    from scaleclip.report.tables import target_values
 
-    targets = {} if against is None else target_values(load_target(against))
-    typer.echo(str(write_report(run, seed=seed, with_sheets=not no_sheets, targets=targets)))
+    target = None if against is None else load_target(against)
+    typer.echo(str(write_report(run, seed=seed, with_sheets=not no_sheets, target=target)))
 
 
 @app.command("config")

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # longer than an evaluation on rank 0, which the others wait for
 _TIMEOUT = datetime.timedelta(minutes=30)
+PATIENT = datetime.timedelta(days=30)
+"""Where a rank may be done long before another."""
 _RECORDED = 2000  # collectives
 # ports below the usual ephemeral range, one for each of the last 10,000 jobs of a cluster
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
@@ -41,11 +43,12 @@ class World:
         return self.rank == 0
 
 
-def init(records: Path | None = None) -> World:
+def init(records: Path | None = None, timeout: datetime.timedelta = _TIMEOUT) -> World:
     """Join the process group that the environment describes: srun's step, torchrun's variables, or this process alone.
 
     Args:
         records: folder where NCCL's flight recorder leaves each rank's last collectives when one of them times out.
+        timeout: of collectives; of a rank that died the others learn at once.
 
     Raises:
         ConfigError: the environment is incomplete, or has more ranks a node than devices.
@@ -69,7 +72,7 @@ def init(records: Path | None = None) -> World:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
         placed: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store else {"init_method": "env://"}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT, **placed)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **placed)
     host = socket.gethostname()
     return World(rank, size, local_rank, device, gather_objects(host).count(host))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scaleclip.cli_arguments import Ranks
+from scaleclip.cli_arguments import Architecture, Ranks
 from scaleclip.errors import ConfigError
 from scaleclip.start_ranks import start_ranks
 
@@ -32,12 +32,13 @@ def evaluate(
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out data sets that are not there.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint of a run, and not the newest.")] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Every checkpoint of a run, as they come, until it is finished.")
+        bool, typer.Option("--follow", help="Every checkpoint of a run, as they come, from its begin until it is finished.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Keep figures below this folder; of runs they lie in RUN/evaluations.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images or texts encoded at once.")] = None,
+    architecture: Architecture = None,
     ranks: Ranks = 1,
 ) -> None:
     """Measure a model on suites of data sets and on held-out splits, and print the table.
@@ -47,16 +48,20 @@ def evaluate(
     """
     if every and follow:
         raise ConfigError("--follow takes every checkpoint: leave out --all")
-    if not Path(reference).exists():
+    if not follow and not Path(reference).exists():
         raise ConfigError(f"{reference}: there is no such run, checkpoint or model")
     start_ranks(ranks)
     from rich.console import Console
 
     from scaleclip import distributed, evaluate_run
+    from scaleclip.config_io import named_architecture
     from scaleclip.data.cache import ShardCache
     from scaleclip.evaluation.targets import load_target
 
     target = load_target(against) if against else None
+    world = distributed.init(timeout=distributed.PATIENT)
+    if follow and not Path(reference).exists():
+        evaluate_run.wait_for_run(Path(reference))
     run = evaluate_run.run_of(reference)
     is_run = run is not None and Path(reference).absolute() == run
     if (every or follow) and not is_run:
@@ -64,8 +69,6 @@ def evaluate(
     own, cache = evaluate_run.own_config(run)
     asked: dict[str, Any] = {"suite": suite, "splits": tuple(split or ())} if suite or split else {}
     asked |= {name: value for name, value in (("data", data), ("batch", batch)) if value is not None}
-
-    world = distributed.init()
     console = Console(quiet=not world.is_main)
     clock = time.perf_counter()
 
@@ -74,22 +77,23 @@ def evaluate(
         before, clock = clock, time.perf_counter()
         console.print(f"{number} of {count}: {name}, {clock - before:,.1f} s", highlight=False)
 
-    folder = out or (evaluate_run.evaluations(run) if run else None)
+    place = evaluate_run.below(out) if out else evaluate_run.in_run(run) if run else lambda _: None
     config = own.model_copy(update=asked)
-    session = evaluate_run.Session(config, ShardCache(cache), folder, skip_missing=skip_missing, on_done=on_done)
+    session = evaluate_run.Session(config, ShardCache(cache), place, skip_missing=skip_missing, on_done=on_done)
     for each in dict.fromkeys(session.suite.missing):
         console.print(f"left out, since it is not there: {each.dataset} ({each.path})", highlight=False)
     if run and (every or follow):
         paths = evaluate_run.checkpoints_as_they_come(run) if follow else evaluate_run.whole_checkpoints(run)
         log = _log(run) if world.is_main else None
-        for evaluated in filter(None, map(session.evaluate, evaluate_run.subjects(run, paths))):
+        for evaluated in filter(None, map(session.evaluate, evaluate_run.subjects(paths))):
             _show(console, session, evaluated, target)
-            if log and evaluated.is_new:
+            if log:
                 log.write(evaluated.subject.step or 0, evaluated.figures)
         if log:
             log.close()
     else:
-        found = session.evaluate(distributed.on_main(lambda: evaluate_run.subject_of(reference)))
+        named = named_architecture(architecture) if architecture else None
+        found = session.evaluate(distributed.on_main(lambda: evaluate_run.subject_of(reference, named)))
         if found is None:
             raise ConfigError(f"{reference} was deleted before it was evaluated")
         _show(console, session, found, target)
@@ -101,7 +105,7 @@ def evaluate(
 
 def _show(console: "Console", session: "Session", evaluated: "Evaluated", target: "Target | None") -> None:
     from scaleclip.evaluation.saved import read_saved
-    from scaleclip.evaluation.targets import compare, targets_table
+    from scaleclip.evaluation.targets import targets_table
     from scaleclip.report.console import results_table
 
     subject = evaluated.subject
@@ -112,7 +116,7 @@ def _show(console: "Console", session: "Session", evaluated: "Evaluated", target
         folder = session.folder(subject)
         # those of other suites too, this one's means first
         known = [*evaluated.figures, *(read_saved(folder, subject.identity) if folder else ())]
-        console.print(targets_table(target, compare(target, known)))
+        console.print(targets_table(target, known))
 
 
 def _log(run: Path) -> "EvaluationLog":

@@ -4,24 +4,26 @@ Figures are kept a data set a file, RUN/evaluations/step_X/ for a run, and what 
 definition is not measured again: an evaluation that was killed goes on with the data set that it was at.
 """
 
+import contextlib
 import hashlib
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from scaleclip.checkpoint.folders import CHECKSUMS, damage, newest_whole, saved
+from scaleclip.checkpoint.folders import damage, identity, newest_whole, saved, step_name
 from scaleclip.checkpoint.state import STATE, read_state
-from scaleclip.config import CacheConfig, EvalConfig
+from scaleclip.config import CacheConfig, EvalConfig, ModelConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.distributed import all_or_none, gather_objects, on_main
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.evaluate import distinct, occurrences
 from scaleclip.evaluation.results import Figure, write_results
-from scaleclip.evaluation.saved import SavedFigures
+from scaleclip.evaluation.saved import SavedFigures, evaluations
 from scaleclip.evaluation.suite import open_evaluations
 from scaleclip.run_folder import read_config
 from scaleclip.status import read_status
@@ -37,12 +39,15 @@ class Subject(NamedTuple):
     """A model to evaluate, not loaded yet."""
 
     name: str
+    """Of its folder; of a checkpoint, RUN-step_X."""
     reference: str
     """What load_model takes."""
     identity: str
-    """Of its weights."""
+    """Of its weights and of what they are in."""
     step: int | None
     """Optimizer steps, of a checkpoint."""
+    architecture: ModelConfig | None = None
+    """Of a file of weights that does not say it."""
 
 
 class Evaluated(NamedTuple):
@@ -50,8 +55,20 @@ class Evaluated(NamedTuple):
 
     subject: Subject
     figures: list[Figure]
-    is_new: bool
-    """Whether any of it was measured now."""
+
+
+Place = Callable[[Subject], Path | None]
+"""Where the figures of a model are kept; None: nowhere."""
+
+
+def in_run(run: Path) -> Place:
+    """In the folder of the run whose checkpoints are measured."""
+    return lambda subject: evaluations(run) / step_name(subject.step or 0)
+
+
+def below(folder: Path) -> Place:
+    """Below a folder, into one that no other model has."""
+    return lambda subject: folder / f"{subject.name}-{subject.identity[:8]}"
 
 
 class Session:
@@ -60,7 +77,7 @@ class Session:
     Args:
         config: what to measure.
         cache: local copies of remote shards.
-        folder: figures go below it, into a folder a model; none: nowhere.
+        place: where figures are kept.
         skip_missing: leave out data sets that are not there.
         on_done: called on every rank with the name, number and count of an evaluation when it is done.
 
@@ -72,7 +89,7 @@ class Session:
         self,
         config: EvalConfig,
         cache: ShardCache,
-        folder: Path | None,
+        place: Place = lambda _: None,
         *,
         skip_missing: bool = False,
         on_done: OnDone = lambda *_: None,
@@ -87,7 +104,7 @@ class Session:
         self._names = [
             name if number == 1 else f"{name} ({number})" for name, number in zip(names, occurrences(names), strict=True)
         ]
-        self.config, self._folder, self._on_done = config, folder, on_done
+        self.config, self.folder, self._on_done = config, place, on_done
 
     def evaluate(self, subject: Subject) -> Evaluated | None:
         """Its figures; None where it was deleted before it was loaded, which a warning says.
@@ -100,8 +117,7 @@ class Session:
         items = list(zip(self._names, self.suite.evaluations, strict=True))
         found = on_main(lambda: [kept.find(name, each.definition) if kept else None for name, each in items])
         parts = [part for part in found if part is not None]
-        is_new = len(parts) < len(items)
-        if is_new:
+        if len(parts) < len(items):
             model = _load(subject)
             if model is None:
                 return None
@@ -111,21 +127,19 @@ class Session:
         figures = distinct([figure for part in parts for figure in part])
         means = self.suite.means_of(figures)
         if kept:
-            for mean in means:
-                _keep(kept, f"{mean.metric} {mean.split}", "", [mean])
-        return Evaluated(subject, figures + means, is_new)
+            for mean, figure in means:
+                on_main(partial(kept.save_mean, f"{figure.metric} {figure.split}", figure, mean.parts))
+        return Evaluated(subject, figures + [figure for _, figure in means])
 
     def _measure(self, encoder: Encoder, number: int, kept: SavedFigures | None) -> list[Figure]:
         name, evaluation = self._names[number], self.suite.evaluations[number]
         figures = evaluation.run(encoder, kept.features(name) if kept else None)
         if kept:
-            _keep(kept, name, evaluation.definition, figures)
+            on_main(lambda: kept.save(name, evaluation.definition, figures))
+            # which were for a start after a crash
+            on_main(lambda: shutil.rmtree(kept.features(name), ignore_errors=True))
         self._on_done(name, number + 1, len(self._names))
         return figures
-
-    def folder(self, subject: Subject) -> Path | None:
-        """Where the figures of a model are kept."""
-        return self._folder / subject.name if self._folder else None
 
 
 def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
@@ -135,8 +149,8 @@ def evaluate_all(run: Path) -> Iterator[tuple[int, list[Figure]]]:
         ConfigError: no run, no whole checkpoint, or nothing to measure.
     """
     config = read_config(run)
-    session = Session(config.eval, ShardCache(config.data.cache), evaluations(run))
-    for evaluated in map(session.evaluate, subjects(run, whole_checkpoints(run))):
+    session = Session(config.eval, ShardCache(config.data.cache), in_run(run))
+    for evaluated in map(session.evaluate, subjects(whole_checkpoints(run))):
         if evaluated and evaluated.subject.step is not None:
             yield evaluated.subject.step, evaluated.figures
 
@@ -147,9 +161,14 @@ def write_run_results(run: Path, evaluated: Evaluated) -> None:
     write_results(run, evaluated.subject.step, evaluated.figures)
 
 
-def evaluations(run: Path) -> Path:
-    """Where a run's evaluations lie, a folder a checkpoint."""
-    return run / "evaluations"
+def wait_for_run(run: Path, poll_s: float = POLL_S) -> None:
+    """Until a run that was submitted together with this process has begun. Every rank calls."""
+    waits = False
+    while not on_main(lambda: (run / "config.yaml").exists()):
+        if not waits:
+            log.info(f"{run} has not begun yet: waiting for it")
+        waits = True
+        time.sleep(poll_s)
 
 
 def run_of(reference: str) -> Path | None:
@@ -160,8 +179,12 @@ def run_of(reference: str) -> Path | None:
     return path if (path / "config.yaml").exists() and (path / "checkpoints").is_dir() else None
 
 
-def subject_of(reference: str) -> Subject:
+def subject_of(reference: str, architecture: ModelConfig | None = None) -> Subject:
     """The model that a reference names: of a run, its newest whole checkpoint.
+
+    Args:
+        reference: a path.
+        architecture: of a file of weights that does not say it.
 
     Raises:
         ConfigError: there is nothing of that name, or the run has no whole checkpoint.
@@ -173,7 +196,10 @@ def subject_of(reference: str) -> Subject:
         return _checkpoint(path if (path / STATE).exists() else newest_whole(path))
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     rows = [f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in files]
-    return Subject(path.absolute().name, reference, _digest("\n".join(rows).encode()), None)
+    if architecture is not None:
+        rows.append(architecture.model_dump_json())
+    of_all = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    return Subject(path.absolute().name, reference, of_all, None, architecture)
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
@@ -185,27 +211,34 @@ def whole_checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoints_as_they_come(run: Path, poll_s: float = POLL_S) -> Iterator[Path]:
-    """A run's checkpoints, oldest first, each once, until the run is finished or failed for good. Every rank iterates."""
-    given: set[Path] = set()
+    """A run's checkpoints, oldest first, each once, until the run is finished or failed for good. Every rank iterates.
 
-    def look() -> tuple[bool, list[Path]]:
+    One that was written anew, since the run went back to an earlier one, is another.
+    """
+    given: set[str] = set()
+
+    def look() -> tuple[bool, dict[str, Path]]:
         status = read_status(run)  # first: what a run that has ended has saved is there
         ended = status is not None and (
             status.state == "finished" or (status.state == "failed" and time.time() - status.updated_s > _FAILED_S)
         )
-        return ended, [path for path in saved(run) if path not in given]
+        new = {}
+        for path in saved(run):
+            with contextlib.suppress(FileNotFoundError):  # by retention, meanwhile
+                new[identity(path)] = path
+        return ended, {key: path for key, path in new.items() if key not in given}
 
     while True:
         ended, new = on_main(look)
         given.update(new)
-        yield from new
+        yield from new.values()
         if ended and not new:
             return
         if not new:
             time.sleep(poll_s)
 
 
-def subjects(run: Path, paths: Iterable[Path]) -> Iterator[Subject]:
+def subjects(paths: Iterable[Path]) -> Iterator[Subject]:
     """The checkpoints, but for those that are deleted or damaged by then, which a warning says. Every rank iterates."""
 
     def look(path: Path) -> Subject | str:
@@ -228,13 +261,14 @@ def subjects(run: Path, paths: Iterable[Path]) -> Iterator[Subject]:
 
 
 def _checkpoint(path: Path) -> Subject:
-    return Subject(path.name, str(path), _digest((path / CHECKSUMS).read_bytes()), read_state(path).step)
+    run = path.absolute().parent.parent
+    return Subject(f"{run.name}-{path.name}", str(path), identity(path), read_state(path).step)
 
 
 def _load(subject: Subject) -> TrainedModel | None:
     try:
         with all_or_none():
-            return load_model(subject.reference)
+            return load_model(subject.reference, subject.architecture)
     except Exception:
         # by retention, since the run goes on
         if any(gather_objects(not Path(subject.reference).exists())):
@@ -245,18 +279,6 @@ def _load(subject: Subject) -> TrainedModel | None:
 
 def _warn_of_deletion(path: Path) -> None:
     log.warning(f"{path} was deleted before it was evaluated: checkpoint.keep says how many are kept")
-
-
-def _keep(kept: SavedFigures, name: str, definition: str, figures: list[Figure]) -> None:
-    def keep() -> None:
-        kept.save(name, definition, figures)
-        shutil.rmtree(kept.features(name), ignore_errors=True)  # which were for a start after a crash
-
-    on_main(keep)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def own_config(run: Path | None) -> tuple[EvalConfig, CacheConfig]:

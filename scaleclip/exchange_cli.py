@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from scaleclip.cli_arguments import Architecture
+
 
 class Format(StrEnum):
     """Whose folder is written."""
@@ -25,10 +27,7 @@ def export(
     to: Annotated[Format, typer.Option(help="The library that is to load it.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
-    architecture: Annotated[
-        str | None,
-        typer.Option(help="What a bare file of weights is: a preset, or open_clip's name, such as ViT-B-32-quickgelu."),
-    ] = None,
+    architecture: Architecture = None,
 ) -> None:
     """Write a model as a folder that transformers or open_clip loads, with a model card.
 

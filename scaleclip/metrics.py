@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scaleclip.config import MetricsConfig
 from scaleclip.errors import RunError
 from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.saved import drop_after, evaluations
 from scaleclip.files import write_atomic
 from scaleclip.run_folder import PROGRESS, wandb_id
 
@@ -28,6 +29,7 @@ _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "
 # Above this share of waiting the progress line names the loader's slowest stage.
 _SLOW_DATA = 0.1
 _ROWS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+_SENT = "sent.jsonl"
 _CHECKPOINT_STEP = "checkpoint_step"
 
 
@@ -115,6 +117,7 @@ class Metrics:
 
     def _open(self, step: int) -> None:
         self._rows, self._evaluations = (_open_dropping_lost(self._folder / name, step) for name in (_ROWS, _EVALUATIONS))
+        drop_after(self._folder, step)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -142,9 +145,9 @@ class Metrics:
 
     def write_figures(self, step: int, figures: Sequence[Figure]) -> None:
         """A row in evaluations.jsonl, and the figures beside the training curves in Weights & Biases."""
-        _append(self._evaluations, {"step": step, **_by_name(figures, "")})
+        _append(self._evaluations, {"step": step, "figures": [figure._asdict() for figure in figures]})
         if self._wandb is not None:
-            self._wandb.log(_by_name(figures, "eval/"), step=step)
+            self._wandb.log(_by_name(figures), step=step)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, to which the run went back."""
@@ -167,7 +170,8 @@ class EvaluationLog:
     """Figures of a run's checkpoints in Weights & Biases, by a process beside the one that trains. Rank 0 only.
 
     They become a run of their own there, NAME evaluation, against the step of the checkpoint: a second writer of the training's
-    run would have its steps refused, being behind. Nothing where the run has `metrics.wandb=disabled`.
+    run would have its steps refused, being behind. Nothing where the run has `metrics.wandb=disabled`. What was sent is noted
+    in RUN/evaluations/sent.jsonl, so that a process that was killed in between sends it at its next start, and nothing twice.
 
     Args:
         folder: the run's folder.
@@ -176,13 +180,20 @@ class EvaluationLog:
 
     def __init__(self, folder: Path, config: MetricsConfig) -> None:
         self._wandb = _start_wandb(folder, config, {}, "evaluation")
+        self._note = evaluations(folder) / _SENT
+        self._sent = read_whole_lines(self._note)
         if self._wandb is not None:
             self._wandb.define_metric("eval/*", step_metric=_CHECKPOINT_STEP)
 
     def write(self, step: int, figures: Sequence[Figure]) -> None:
         """The figures of the checkpoint after `step` optimizer steps."""
-        if self._wandb is not None:
-            self._wandb.log(_by_name(figures, "eval/") | {_CHECKPOINT_STEP: step})
+        row = _by_name(figures) | {_CHECKPOINT_STEP: step}
+        if self._wandb is None or row in self._sent:
+            return
+        self._wandb.log(row)
+        self._sent.append(row)
+        self._note.parent.mkdir(exist_ok=True)
+        write_atomic(self._note, "".join(json.dumps(each) + "\n" for each in self._sent))
 
     def close(self) -> None:
         """End it."""
@@ -195,9 +206,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return read_whole_lines(folder / _ROWS)
 
 
-def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's evaluations.jsonl: `step`, and the value of each figure by "SPLIT METRIC"."""
-    return read_whole_lines(folder / _EVALUATIONS)
+def read_evaluations(folder: Path) -> list[tuple[int, list[Figure]]]:
+    """The rows of a run's evaluations.jsonl: steps, and what was measured while the run trained."""
+    return [(row["step"], [Figure(**each) for each in row["figures"]]) for row in read_whole_lines(folder / _EVALUATIONS)]
 
 
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -248,8 +259,8 @@ def _append(file: TextIO, row: dict[str, Any]) -> None:
         ) from None
 
 
-def _by_name(figures: Sequence[Figure], prefix: str) -> dict[str, float]:
-    return {f"{prefix}{figure.split} {figure.metric}": figure.value for figure in figures}
+def _by_name(figures: Sequence[Figure]) -> dict[str, float]:
+    return {f"eval/{figure.split} {figure.metric}": figure.value for figure in figures}
 
 
 def _start_wandb(folder: Path, config: MetricsConfig, run_config: dict[str, Any], part: str = "") -> Any:

@@ -26,6 +26,7 @@ from scaleclip.engine import Engine
 from scaleclip.errors import RunError, Stopped
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.results import Figure, write_results
+from scaleclip.evaluation.saved import evaluations
 from scaleclip.evaluation.suite import OpenedSuite
 from scaleclip.fit import choose_micro_batch, explain_full_memory
 from scaleclip.guard import BadSteps, StopSignal, Watchdog, record_bad_steps
@@ -159,7 +160,7 @@ def train_stage(run: Run, stage: Stage, data: StageData, state: TrainState, foun
 
     def evaluate_model() -> list[Figure]:
         encoder = Encoder(engine.whole_model(), data.tokenizer, config.model.image.size, config.eval.batch)
-        return run.suite.evaluate(encoder)
+        return run.suite.evaluate(encoder, evaluations(run.folder) / "features")
 
     run.begin(state)
     status, metrics = run.status, run.metrics

@@ -10,7 +10,8 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --signal=USR2@60
 #
-# Follow a run while it trains: every checkpoint is evaluated once, as it comes, until the run is finished.
+# Follow a run while it trains: every checkpoint is evaluated once, as it comes, until the run is finished. It may be submitted
+# together with the run, and waits for its begin.
 #
 #   sbatch slurm/eval.sh runs/b32                                       by what the run measures itself
 #   sbatch slurm/eval.sh runs/b32 --suite imagenet --data /data/eval    another suite

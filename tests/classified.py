@@ -37,7 +37,7 @@ def tiny_encoder(config_path: str, seed: int = 0) -> Encoder:
     encoder = Encoder(model, load_tokenizer(text.tokenizer, text.context_length), config.model.image.size, BATCH)
     texts = [template.replace("{}", name) for name in PROMPTS.classes for template in PROMPTS.templates]
     with torch.no_grad():
-        images = torch.stack([square_pixels(image, encoder.size) for image in digits(300)[0]])
+        images = square_pixels(digits(300)[0], encoder.size, lambda _, error: error)
         spread(model.image_projection, model.pool_image(images))
         spread(model.text_projection, model.text(encoder.tokenizer(texts)).pooled_BD)
     return encoder

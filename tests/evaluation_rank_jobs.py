@@ -26,7 +26,7 @@ def measure(folder: Path, captions: str, texts_folder: str, split: str) -> list[
         SuiteEvaluation("texts", "", lambda encoder, _: texts.evaluate_text_retrieval(encoder, documents)),
         *open_splits([split], cache),
     ]
-    return OpenedSuite(evaluations, [], []).evaluate(tiny_encoder(folder, batch=4))
+    return OpenedSuite(evaluations, [], []).evaluate(tiny_encoder(folder, batch=4), folder / "features")
 
 
 def retrieval_of(encoder, captioned) -> list[Figure]:

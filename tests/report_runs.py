@@ -5,6 +5,7 @@ from pathlib import Path
 
 from scaleclip.config import RunConfig
 from scaleclip.config_io import load_config, to_yaml
+from scaleclip.evaluation.results import Figure
 from scaleclip.files import resolve_path
 
 ATTACK = "<script>document.title = 'broken'</script>"
@@ -38,3 +39,9 @@ def make_run(folder: Path, rows: list[dict], splits: tuple[str, ...] = (), start
     }  # fmt: skip
     (folder / "provenance.json").write_text(json.dumps({"starts": [start | {"step": step} for step in starts]}))
     return folder
+
+
+def write_evaluations(run: Path, figures: dict[int, list[Figure]]) -> None:
+    """evaluations.jsonl, by step."""
+    rows = [{"step": step, "figures": [each._asdict() for each in found]} for step, found in figures.items()]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

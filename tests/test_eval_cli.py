@@ -13,7 +13,9 @@ from helpers import encode_image, write_tar
 from runs import SPLITS, figures, finish, run, start, wait_until
 from scaleclip import distributed
 from scaleclip.cli import app
-from scaleclip.evaluate_run import subject_of
+from scaleclip.evaluate_run import below, subject_of
+from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.saved import SavedFigures
 
 pytestmark = pytest.mark.xdist_group("eval_cli")
 
@@ -99,7 +101,8 @@ def test_ranks_measure_the_same(trained, suite, tmp_path):
     for ranks in (1, 2):
         arguments = ("eval", trained, "--suite", f"{suite}/my.yaml:mine", "--data", suite, "--batch", 3)
         run(*arguments, "--out", tmp_path / str(ranks), "--ranks", ranks)
-        out[ranks] = saved(tmp_path / str(ranks) / "step_00000008")
+        [folder] = (tmp_path / str(ranks)).iterdir()
+        out[ranks] = saved(folder)
     assert out[1] == out[2]
     assert len(out[1]) == 2
 
@@ -149,11 +152,10 @@ def test_a_checkpoint_is_measured_by_what_its_run_measures(trained, here):
 
 def test_expected_stands_beside_measured(trained, tmp_path, here):
     """A figure that was measured before, of the same weights, counts too."""
-    folder = tmp_path / "out" / "step_00000008"
-    folder.mkdir(parents=True)
-    row = {"split": "imagenet1k", "metric": "zero-shot top-1", "value": 0.5, "chance": 0.001, "low": 0.48, "high": 0.52}
-    for name, weights, value in (("a", "others", 0.9), ("zero-shot-imagenet1k", subject_of(str(trained)).identity, 0.5)):
-        (folder / f"{name}.json").write_text(json.dumps({"weights": weights, "figures": [row | {"value": value}]}))
+    subject = subject_of(str(trained))
+    for name, weights, value in (("a", "others", 0.9), ("zero-shot-imagenet1k", subject.identity, 0.5)):
+        kept = SavedFigures(below(tmp_path / "out")(subject), weights, 8)
+        kept.save(name, "", [Figure("imagenet1k", "zero-shot top-1", value, 0.001, low=0.48, high=0.52)])
     output = here(trained, "--out", tmp_path / "out", "--against", "laclip-cc12m-b16")
     [line] = [line for line in output.splitlines() if "48.40" in line]
     assert [part for part in ("50.00", "+1.60", "48.0 to 52.0") if part not in line] == []
@@ -163,7 +165,8 @@ def test_expected_stands_beside_measured(trained, tmp_path, here):
 def test_every_checkpoint_is_measured_and_logged_once(trained, suite, tmp_path, here):
     arguments = (trained, "--all", "--suite", f"{suite}/my.yaml:mine", "--data", suite, "--out", tmp_path)
     output = here(*arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000004", "step_00000008"]
+    names = sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir())
+    assert names == ["run-step_00000004", "run-step_00000008"]
     assert output.index("step 4") < output.index("step 8")
     # beside the training's own
     assert list((trained / "wandb").glob("offline-run-*-evaluation"))
@@ -202,7 +205,10 @@ def test_a_run_measures_its_suite_while_it_trains(tiny_config_path, suite, tmp_p
     run("train", tiny_config_path, f"run.folder={tmp_path}", "train.samples=64", *settings)
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8]
-    assert {"captions image -> text R@1", "pairs STS Spearman", "unseen_clipart image -> text R@1"} <= rows[0].keys()
+    measured = {(figure["split"], figure["metric"]) for figure in rows[0]["figures"]}
+    recall = "image -> text R@1"
+    assert {("captions", recall), ("pairs", "STS Spearman"), ("unseen_clipart", recall)} <= measured
+    assert not (tmp_path / "evaluations" / "features").exists()
     assert {row["split"] for row in figures(tmp_path)["figures"]} == {"captions", "pairs", "unseen_clipart"}
     before = figures(tmp_path)
     (tmp_path / "results.json").unlink()

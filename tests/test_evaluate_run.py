@@ -19,15 +19,18 @@ from scaleclip.distributed import World
 from scaleclip.errors import ConfigError
 from scaleclip.evaluate_run import (
     Session,
+    below,
     checkpoints_as_they_come,
     evaluate_all,
+    in_run,
     run_of,
     subject_of,
     subjects,
+    wait_for_run,
     whole_checkpoints,
 )  # fmt: skip
 from scaleclip.evaluation.results import Figure
-from scaleclip.evaluation.saved import read_saved
+from scaleclip.evaluation.saved import SavedFigures, checkpoint_figures, drop_after, evaluated_steps, read_saved
 from scaleclip.evaluation.suite import OpenedSuite
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.status import Status
@@ -85,15 +88,15 @@ def measured(monkeypatch):
 
 
 def session(run, **options) -> Session:
-    return Session(EvalConfig(), ShardCache(run.config.data.cache), run.folder / "evaluations", **options)
+    return Session(EvalConfig(), ShardCache(run.config.data.cache), in_run(run.folder), **options)
 
 
 def test_what_was_measured_of_the_same_weights_is_not_measured_again(run, measured):
     path = run.save(4)
     first = session(run).evaluate(subject_of(str(run.folder)))
-    assert (first.is_new, first.subject.step, len(measured.seen)) == (True, 4, 2)
+    assert (first.subject.step, len(measured.seen)) == (4, 2)
     again = session(run).evaluate(subject_of(str(path)))
-    assert (again.is_new, again.figures, len(measured.seen)) == (False, first.figures, 2)
+    assert (again.figures, len(measured.seen)) == (first.figures, 2)
     kept = run.folder / "evaluations" / "step_00000004"
     assert read_saved(kept, first.subject.identity) == first.figures
     assert read_saved(kept, "other weights") == []
@@ -114,7 +117,7 @@ def test_other_weights_or_another_definition_are_measured_anew(run, measured, ch
     else:
         measured.suite.evaluations[1].definition = "otherwise"
         expected = ["a", "b", "b"]
-    assert session(run).evaluate(subject_of(str(run.folder))).is_new
+    session(run).evaluate(subject_of(str(run.folder)))
     assert [name for name, _ in measured.seen] == expected
 
 
@@ -138,9 +141,9 @@ def test_evaluations_of_one_name_have_files_of_their_own(run, measured):
 
 def test_without_a_folder_nothing_is_kept(run, measured):
     run.save(4)
-    each = Session(EvalConfig(), ShardCache(run.config.data.cache), None)
-    assert each.evaluate(subject_of(str(run.folder))).is_new
-    assert each.evaluate(subject_of(str(run.folder))).is_new
+    each = Session(EvalConfig(), ShardCache(run.config.data.cache))
+    for _ in range(2):
+        each.evaluate(subject_of(str(run.folder)))
     assert not (run.folder / "evaluations").exists()
     assert measured.features == [None] * 4
 
@@ -174,7 +177,8 @@ def test_references_are_runs_checkpoints_or_others(run, tmp_path):
     (other / "weights").write_text("1")
     assert run_of(str(other)) is None
     subject = subject_of(str(other))
-    assert (subject.name, subject.step) == ("model", None)
+    assert (subject.name, subject.step, subject_of(str(path)).name) == ("model", None, "run-step_00000004")
+    assert subject_of(str(other), run.config.model).identity != subject.identity
     (other / "weights").write_text("22")
     assert subject_of(str(other)).identity != subject.identity
     assert subject_of(str(path)).identity == subject_of(str(run.folder)).identity
@@ -185,7 +189,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out_with_a_word(run, mea
         run.save(step)
     paths = whole_checkpoints(run.folder)
     shutil.rmtree(paths[0])
-    assert [each.step for each in subjects(run.folder, paths)] == [8]
+    assert [each.step for each in subjects(paths)] == [8]
     assert "step_00000004 was deleted before it was evaluated: checkpoint.keep" in caplog.text
     # after it was found, and before it was loaded
     subject = subject_of(str(paths[1]))
@@ -199,7 +203,7 @@ def test_a_damaged_checkpoint_is_left_out_with_a_word(run, measured, caplog):
     whole = whole_checkpoints(run.folder)
     weights = next(path.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert list(subjects(run.folder, whole)) == []
+    assert list(subjects(whole)) == []
     assert "is damaged" in caplog.text
 
 
@@ -254,3 +258,68 @@ def test_a_run_that_failed_for_good_is_no_longer_followed(run, monkeypatch):
     run.save(4)
     assert [path.name for path in checkpoints_as_they_come(run.folder)] == ["step_00000004"]
     assert slept == [1]
+
+
+def test_a_checkpoint_that_is_written_anew_is_another(run, monkeypatch):
+    """The run went back to step 4 and came to 8 again."""
+    for step in (4, 8):
+        run.save(step)
+
+    def sleep(_):
+        if (run.folder / "status.json").exists():
+            return
+        shutil.rmtree(run.folder / "checkpoints" / "step_00000008")
+        run.save(8)
+        (run.folder / "status.json").write_text(json.dumps(STATUS._replace(state="finished")._asdict()))
+
+    monkeypatch.setattr(evaluate_run.time, "sleep", sleep)
+    names = [path.name for path in checkpoints_as_they_come(run.folder)]
+    assert names == ["step_00000004", "step_00000008", "step_00000008"]
+
+
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path, monkeypatch, caplog):
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "config.yaml").touch()
+
+    monkeypatch.setattr(evaluate_run.time, "sleep", sleep)
+    with caplog.at_level("INFO", "scaleclip"):
+        wait_for_run(tmp_path / "run", poll_s=2.0)
+    assert slept == [2.0] * 3
+    assert caplog.text.count("has not begun yet") == 1
+
+
+def test_models_of_one_name_have_folders_of_their_own(run, measured, tmp_path):
+    place = below(tmp_path / "out")
+    each = Session(EvalConfig(), ShardCache(run.config.data.cache), place)
+    for _ in range(2):
+        run.save(4)
+        each.evaluate(subject_of(str(run.folder)))
+        shutil.rmtree(run.folder / "checkpoints")
+    assert len(list((tmp_path / "out").glob("run-step_00000004-????????"))) == 2
+
+
+def test_figures_of_weights_that_a_run_left_behind_are_dropped(tmp_path):
+    for step in (4, 8, 12):
+        SavedFigures(tmp_path / "evaluations" / f"step_{step:08d}", "a", step).save("food", "", [Figure("food", "x", step, 0)])
+    drop_after(tmp_path, 8)
+    assert evaluated_steps(tmp_path) == [4, 8]
+    assert [figure.value for figure in checkpoint_figures(tmp_path, 8)] == [8]
+    assert checkpoint_figures(tmp_path, 8, "other weights") == []
+
+
+def test_a_mean_holds_while_its_parts_do(tmp_path):
+    kept = SavedFigures(tmp_path, "a", 4)
+    parts, mean = [Figure(name, "x", 0.5, 0) for name in ("b", "c")], Figure("both", "mean x", 0.5, 0)
+    for part in parts:
+        kept.save(part.split, "first", [part])
+    kept.save_mean("mean x both", mean, ["b", "c"])
+    assert read_saved(tmp_path, "a") == [*parts, mean]
+    kept.save("b", "of other data", [parts[0]])
+    assert read_saved(tmp_path, "a") == parts
+    kept.save_mean("mean x both", mean, ["b", "c"])
+    assert read_saved(tmp_path, "a") == [*parts, mean]

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
+from scaleclip import metrics
 from scaleclip.config import MetricsConfig
 from scaleclip.evaluation.results import Figure, finished_step, read_results, write_results
-from scaleclip.metrics import Metrics, Row, read_rows
+from scaleclip.metrics import EvaluationLog, Metrics, Row, read_rows
 from scaleclip.report.console import results_table
 from scaleclip.run_folder import PROGRESS, log_to
 
@@ -67,6 +69,21 @@ def test_a_resume_drops_rows_of_lost_work_and_a_torn_line(tmp_path):
     metrics.write(make_row(4))
     metrics.close()
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_figures_of_checkpoints_are_sent_once(tmp_path, monkeypatch):
+    """By a process that was killed after it had measured too."""
+    logged = []
+    monkeypatch.setattr(
+        metrics, "_start_wandb", lambda *_: SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append)
+    )
+    first, second = ([Figure("held", "R@1", value, 0.1)] for value in (0.2, 0.3))
+    EvaluationLog(tmp_path, MetricsConfig()).write(4, first)
+    again = EvaluationLog(tmp_path, MetricsConfig())
+    for step, figures in ((4, first), (8, first), (4, second), (4, second)):
+        again.write(step, figures)
+    sent = [(row["checkpoint_step"], row["eval/held R@1"]) for row in logged]
+    assert sent == [(4, 0.2), (8, 0.2), (4, 0.3)]
 
 
 def test_going_back_drops_rows_and_the_run_writes_on(tmp_path):

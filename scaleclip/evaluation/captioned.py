@@ -13,6 +13,7 @@ import glob
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,8 @@ from scaleclip.data.shards import expand_shards
 from scaleclip.data.webdataset import TarReader
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.over_ranks import encode_over_ranks
+from scaleclip.evaluation.fingerprint import digest, shard_stamp, stamp
+from scaleclip.evaluation.over_ranks import read_and_encode_over_ranks
 from scaleclip.evaluation.pixels import square_pixels
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.retrieval import retrieval_figures
@@ -42,7 +44,6 @@ LAYOUTS = (
 class Captioned(NamedTuple):
     """An image as it is stored, with its captions."""
 
-    key: str
     image: bytes
     captions: Sequence[str]
 
@@ -52,6 +53,12 @@ class _Layout(Protocol):
 
     def __getitem__(self, number: int) -> Captioned:
         """Raises SampleError, or OSError, where it cannot be had."""
+
+    def where(self, number: int) -> str:
+        """The image's file or place in one, for people."""
+
+    def fingerprint(self) -> str:
+        """Digest that changes with images and captions (scaleclip/evaluation/fingerprint.py)."""
 
 
 class CaptionedImages:
@@ -85,18 +92,26 @@ class CaptionedImages:
         Raises:
             RunError: an image cannot be used or has no captions; figures over a part of a data set would not be comparable.
         """
-        pixels, captions = [], []
+        data, captions = [], []
         for number in range(start, min(stop, self.num_images)):
             try:
                 found = self._layout[number]
-                pixels.append(square_pixels(found.image, size))
             except (SampleError, OSError) as error:
-                raise RunError(f"{self.name}, image {number} cannot be used: {error}") from None
+                raise self._broken(number, error) from None
             texts = [text.strip() for text in found.captions if text.strip()]
             if not texts:
-                raise RunError(f"{self.name}, image {number} ({found.key}) has no captions: mend or leave out its row")
+                raise RunError(f"data set {self.name}: {self._layout.where(number)} has no captions: mend it or leave it out")
+            data.append(found.image)
             captions.append(texts)
-        return torch.stack(pixels), captions
+        return square_pixels(data, size, lambda place, error: self._broken(start + place, error)), captions
+
+    def fingerprint(self) -> str:
+        """Digest that changes with images and captions."""
+        return self._layout.fingerprint()
+
+    def _broken(self, number: int, error: Exception) -> RunError:
+        where = self._layout.where(number)
+        return RunError(f"data set {self.name}: {where} cannot be used: {error}; mend it, or fetch it again")
 
 
 def evaluate_retrieval(encoder: Encoder, data: CaptionedImages) -> list[Figure]:
@@ -106,11 +121,11 @@ def evaluate_retrieval(encoder: Encoder, data: CaptionedImages) -> list[Figure]:
         RunError: an image cannot be used.
     """
 
-    def encode(start: int, stop: int) -> tuple[Tensor, list[list[str]]]:
-        pixels_BCHW, captions = data.read(start, stop, encoder.size)
+    def encode(read: tuple[Tensor, list[list[str]]]) -> tuple[Tensor, list[list[str]]]:
+        pixels_BCHW, captions = read
         return encoder.images(pixels_BCHW), captions
 
-    parts = encode_over_ranks(data.num_images, encoder.batch, encode)
+    parts = read_and_encode_over_ranks(data.num_images, encoder.batch, partial(data.read, size=encoder.size), encode)
     image_NE = torch.cat([vectors_BE for vectors_BE, _ in parts])
     captions = [texts for _, some in parts for texts in some]
     text_GE = encoder.texts([text for texts in captions for text in texts])
@@ -168,7 +183,13 @@ class _Karpathy:
 
     def __getitem__(self, number: int) -> Captioned:
         file, captions = self._rows[number]
-        return Captioned(file, (self._folder / file).read_bytes(), captions)
+        return Captioned((self._folder / file).read_bytes(), captions)
+
+    def where(self, number: int) -> str:
+        return str(self._folder / self._rows[number][0])
+
+    def fingerprint(self) -> str:
+        return digest((file, *captions, *stamp(self._folder / file)) for file, captions in self._rows)
 
 
 def _image_file(row: dict[str, Any]) -> str:
@@ -192,16 +213,22 @@ class _Stems:
 
     def __getitem__(self, number: int) -> Captioned:
         image, text = self._files[number]
-        return Captioned(image.name, image.read_bytes(), [" ".join(text.read_text().split())])
+        return Captioned(image.read_bytes(), [" ".join(text.read_text().split())])
+
+    def where(self, number: int) -> str:
+        return str(self._files[number][0])
+
+    def fingerprint(self) -> str:
+        return digest((image.name, text.name, *stamp(image), *stamp(text)) for image, text in self._files)
 
 
 class _Tars:
     def __init__(self, name: str, patterns: Sequence[str], cache: ShardCache) -> None:
-        shards = expand_shards(name, patterns)
-        self._read = TarReader(shards, cache)
+        self._shards, self._cache = expand_shards(name, patterns), cache
+        self._read = TarReader(self._shards, cache)
         try:
             # clip-benchmark's shards have no counts beside them
-            counts = [self._read.whole_count(shard) for shard in range(len(shards))]
+            counts = [self._read.whole_count(shard) for shard in range(len(self._shards))]
         except SampleError as error:
             raise ConfigError(f"{name}: {error}") from None
         self._ends = np.cumsum(counts)
@@ -210,15 +237,25 @@ class _Tars:
         return int(self._ends[-1])
 
     def __getitem__(self, number: int) -> Captioned:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        sample = self._read(shard, number - int(self._ends[shard - 1] if shard else 0))
+        sample = self._read(*self._place(number))
         captions = sample.members.get("txt", b"").decode(errors="replace").split("\n")
-        return Captioned(sample.key, sample.image(SourceConfig().image), captions)
+        return Captioned(sample.image(SourceConfig().image), captions)
+
+    def where(self, number: int) -> str:
+        shard, ordinal = self._place(number)
+        return f"{self._shards[shard]} sample {ordinal}"
+
+    def fingerprint(self) -> str:
+        return digest(shard_stamp(shard, self._cache) for shard in self._shards)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard - 1] if shard else 0)
 
 
 class _Rows:
     def __init__(self, path: str, cache: ShardCache) -> None:
-        self._folder = Path(path).parent
+        self._path, self._cache = path, cache
         rows = RowReader([path], cache)
         rows.counts(path)  # which says what is wrong with the file
         self._table = rows.open(0)
@@ -233,5 +270,12 @@ class _Rows:
         image, captions = (self._table.column(name)[number].as_py() for name in ("image", "captions"))
         if isinstance(image, dict):  # as the datasets library stores them
             image = image["bytes"] or image["path"]
-        data = image if isinstance(image, bytes) else (self._folder / image).read_bytes()
-        return Captioned(f"row {number}", data, [captions] if isinstance(captions, str) else captions or [])
+        data = image if isinstance(image, bytes) else (Path(self._path).parent / image).read_bytes()
+        return Captioned(data, [captions] if isinstance(captions, str) else captions or [])
+
+    def where(self, number: int) -> str:
+        return f"{self._path} row {number}"
+
+    def fingerprint(self) -> str:
+        # images that it names by path count by their names
+        return digest([shard_stamp(self._path, self._cache)])

@@ -20,7 +20,7 @@ from scaleclip.distributed import all_or_none, gather_objects
 from scaleclip.errors import RunError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.labelled import LabelledImages
-from scaleclip.evaluation.over_ranks import encode_over_ranks
+from scaleclip.evaluation.over_ranks import ahead, encode_over_ranks
 from scaleclip.files import write_atomic
 
 _PART = 1024
@@ -72,10 +72,9 @@ def encode_features(encoder: Encoder, data: LabelledImages, kind: Kind, folder: 
         path = None if place is None else place / f"{start // _PART:06d}.safetensors"
         if path is not None and path.exists():
             return path, _read(path, "labels")
-        batches = []
-        for first in range(start, stop, encoder.batch):
-            pixels_BCHW, label_B = data.images(first, min(first + encoder.batch, stop), encoder.size)
-            batches.append((encode(pixels_BCHW), label_B))
+        spans = [(first, min(first + encoder.batch, stop)) for first in range(start, stop, encoder.batch)]
+        read = ahead(lambda first, last: data.images(first, last, encoder.size), spans)
+        batches = [(encode(pixels_BCHW), label_B) for pixels_BCHW, label_B in read]
         feature_BD, label_B = (torch.cat(each) for each in zip(*batches, strict=True))
         if path is None:
             return feature_BD, label_B

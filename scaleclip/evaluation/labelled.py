@@ -44,18 +44,17 @@ class LabelledImages:
             RunError: an image cannot be used or has a label outside of the classes; figures over a part of a data set would
                 not be comparable.
         """
-        pixels, labels = [], []
+        data, labels = [], []
         for number in range(start, min(stop, self.num_images)):
             try:
                 item = self._layout(number)
-                pixels.append(square_pixels(item.data, size))
             except SampleError as error:
-                raise RunError(
-                    f"data set {self.name}: {self.where(number)} cannot be used: {error}; mend or remove it"
-                ) from None
+                raise self._broken(number, error) from None
+            data.append(item.data)
             labels.append(item.label)
             self._check_label(number, item.label)
-        return torch.stack(pixels), torch.tensor(labels, dtype=torch.int64)
+        pixels_BCHW = square_pixels(data, size, lambda place, error: self._broken(start + place, error))
+        return pixels_BCHW, torch.tensor(labels, dtype=torch.int64)
 
     def where(self, number: int) -> str:
         """The image's file or place in one, for people."""
@@ -77,6 +76,9 @@ class LabelledImages:
                 f"data set {self.name}: {len(empty)} of {num_classes} classes have no image, such as {first}{called}: "
                 f"add images, or take the class out of the class names"
             )
+
+    def _broken(self, number: int, error: SampleError) -> RunError:
+        return RunError(f"data set {self.name}: {self.where(number)} cannot be used: {error}; mend or remove it")
 
     def _check_label(self, number: int, label: int) -> None:
         if label < 0 or (self.class_names is not None and label >= len(self.class_names)):

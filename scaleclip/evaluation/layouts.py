@@ -1,7 +1,6 @@
 """How a labelled image set lies on disk: folders of images, clip-benchmark's tars, Parquet. README.md shows the trees."""
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from scaleclip.data.sample import SampleError
 from scaleclip.data.shards import expand_shards, is_remote, read_remote
 from scaleclip.data.webdataset import TarReader
 from scaleclip.errors import ConfigError
+from scaleclip.evaluation.fingerprint import digest, shard_stamp, stamp
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SPLITS = {"train", "test", "val", "validation"}
@@ -107,7 +107,7 @@ class FolderLayout:
         return self._files[number]
 
     def fingerprint(self) -> str:
-        return _digest((os.path.relpath(file, self._path), *_stat(file)) for file in self._files)
+        return digest((os.path.relpath(file, self._path), *stamp(file)) for file in self._files)
 
 
 class TarLayout:
@@ -141,9 +141,8 @@ class TarLayout:
         return f"{self._shards[shard]} sample {ordinal}"
 
     def fingerprint(self) -> str:
-        return _digest(
-            (os.path.basename(shard), count, *_stat_shard(shard, self._cache))
-            for shard, count in zip(self._shards, self._counts.tolist(), strict=True)
+        return digest(
+            (count, *shard_stamp(shard, self._cache)) for shard, count in zip(self._shards, self._counts.tolist(), strict=True)
         )
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -166,8 +165,8 @@ class ParquetLayout:
         return self._rows.where(number)
 
     def fingerprint(self) -> str:
-        rows = [(os.path.basename(file), *_stat_shard(file, self._cache)) for file in self._files]
-        return _digest([*rows, (self.num_images, *self._rows.columns[:2])])
+        rows = [shard_stamp(file, self._cache) for file in self._files]
+        return digest([*rows, (self.num_images, *self._rows.columns[:2])])
 
 
 def text_beside(key: str, path: str, name: str) -> list[str] | None:
@@ -217,20 +216,3 @@ def _counted_tars(key: str, folder: str) -> list[str]:
 def _images_below(folder: Path) -> Iterable[str]:
     for place, _, files in os.walk(folder, followlinks=True):
         yield from (os.path.join(place, file) for file in files if file.lower().endswith(_EXTENSIONS))
-
-
-def _stat_shard(shard: str, cache: ShardCache) -> tuple[int, ...]:
-    # a copy that is fetched again has another time
-    return _stat(cache.path(shard))[:1] if is_remote(shard) else _stat(shard)
-
-
-def _stat(file: str) -> tuple[int, int]:
-    stat = os.stat(file)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _digest(rows: Iterable[tuple[object, ...]]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]

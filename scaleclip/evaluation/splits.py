@@ -6,6 +6,7 @@ Measured are retrieval both ways and zero-shot accuracy, with chance beside ever
 import glob
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ from scaleclip.data.sample import SampleError
 from scaleclip.data.source import open_shards
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.over_ranks import encode_over_ranks
+from scaleclip.evaluation.fingerprint import digest, shard_stamp
+from scaleclip.evaluation.over_ranks import read_and_encode_over_ranks
 from scaleclip.evaluation.pixels import square_pixels
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.retrieval import retrieval_figures
-from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
+from scaleclip.evaluation.zero_shot import Outcomes, class_vectors, label_ranks, top_figure
 from scaleclip.files import resolve_path
+
+_KEY = "eval.splits (--split)"
 
 
 class GalleryText(Section):
@@ -65,15 +69,17 @@ class SplitData:
 
     def __init__(self, path: Path, cache: ShardCache) -> None:
         try:
-            self.definition = path.read_text()
-            self.split = Split.model_validate(json.loads(self.definition))
+            described = path.read_text()
+            self.split = Split.model_validate(json.loads(described))
         except (OSError, ValueError, ValidationError) as error:
-            raise ConfigError(f"eval.splits: {path} cannot be read as a split: {error}") from None
+            raise ConfigError(f"{_KEY}: {path} cannot be read as a split: {error}") from None
         strange = set(self.split.concepts.values()) - {entry.concept for entry in self.split.gallery}
         if strange:
-            raise ConfigError(f"eval.splits: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
+            raise ConfigError(f"{_KEY}: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
         patterns = [f"{path.with_suffix('')}-*.tar"]
-        self.manifest, self._reader = open_shards(f"eval.splits: {path}", patterns, None, cache)
+        self.manifest, self._reader = open_shards(f"{_KEY}: {path}", patterns, None, cache)
+        self.definition = f"{described} {digest(shard_stamp(shard, cache) for shard in self.manifest.shards)}"
+        """The description, and which tars there are; see scaleclip.evaluation.evaluate.Evaluation."""
 
     @property
     def name(self) -> str:
@@ -92,30 +98,37 @@ class SplitData:
             RunError: an image cannot be used; figures over a part of a split would not be comparable.
         """
         keys: list[str] = []
-        pixels: list[Tensor] = []
+        data: list[bytes] = []
         for number in range(start, min(stop, self.num_images)):
-            shard = int(np.searchsorted(self.manifest.first_sample, number, side="right")) - 1
-            index = number - int(self.manifest.first_sample[shard])
+            shard, ordinal = self._place(number)
             try:
-                sample = self._reader(shard, index)
-                image = square_pixels(sample.image(SourceConfig().image), size)
+                sample = self._reader(shard, ordinal)
+                data.append(sample.image(SourceConfig().image))
             except SampleError as error:
-                raise RunError(f"split {self.split.name}, image {index} of shard {shard} cannot be used: {error}") from None
+                raise self._broken(number, error) from None
             if sample.key not in self.split.concepts or any(sample.key not in t.labels for t in self.split.zero_shot):
                 raise RunError(f"split {self.split.name} does not say what image {sample.key} shows: mend its .json")
             keys.append(sample.key)
-            pixels.append(image)
-        return keys, torch.stack(pixels)
+        return keys, square_pixels(data, size, lambda place, error: self._broken(start + place, error))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.manifest.first_sample, number, side="right")) - 1
+        return shard, number - int(self.manifest.first_sample[shard])
+
+    def _broken(self, number: int, error: SampleError) -> RunError:
+        shard, ordinal = self._place(number)
+        where = f"{self.manifest.shards[shard]} sample {ordinal}"
+        return RunError(f"split {self.split.name}: {where} cannot be used: {error}; mend it, or fetch the split again")
 
     def run(self, encoder: Encoder, features: Path | None = None) -> list[Figure]:
         """Its figures; see scaleclip.evaluation.evaluate.Evaluation. A split is encoded anew each time."""
 
-        def encode_images(start: int, stop: int) -> tuple[list[str], Tensor]:
-            keys, pixels_BCHW = self.images(start, stop, encoder.size)
+        def encode(read: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
+            keys, pixels_BCHW = read
             return keys, encoder.images(pixels_BCHW)
 
         split = self.split
-        parts = encode_over_ranks(self.num_images, encoder.batch, encode_images)
+        parts = read_and_encode_over_ranks(self.num_images, encoder.batch, partial(self.images, size=encoder.size), encode)
         keys = [key for some_keys, _ in parts for key in some_keys]
         image_NE = torch.cat([vectors_BE for _, vectors_BE in parts])
         text_GE = encoder.texts([entry.text for entry in split.gallery])
@@ -127,8 +140,8 @@ class SplitData:
         for task in split.zero_shot:
             class_CE = class_vectors(task.classes, task.templates, encoder.texts)
             label_N = torch.tensor([task.labels[key] for key in keys])
-            value, chance = accuracy(image_NE, class_CE, label_N), 1 / len(task.classes)
-            figures.append(Figure(split.name, f"zero-shot {task.name}", value, chance, majority_share(label_N)))
+            outcomes = Outcomes(label_ranks(image_NE, class_CE, label_N), label_N, len(task.classes))
+            figures.append(top_figure(split.name, f"zero-shot {task.name}", outcomes))
         return figures
 
 
@@ -142,6 +155,6 @@ def open_splits(patterns: Sequence[str], cache: ShardCache) -> list[SplitData]:
     for pattern in patterns:
         paths = [path for path in sorted(glob.glob(resolve_path(pattern))) if not path.endswith("_stats.json")]
         if not paths:
-            raise ConfigError(f"eval.splits: nothing matches {pattern!r}")
+            raise ConfigError(f"{_KEY}: nothing matches {pattern!r}")
         splits += [SplitData(Path(path), cache) for path in paths]
     return splits

@@ -6,6 +6,7 @@ Everything is opened before anything is measured, so that what is missing shows 
 import glob
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from scaleclip.config import EvalConfig
 from scaleclip.data.cache import ShardCache
+from scaleclip.distributed import on_main
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.captioned import CaptionedImages, evaluate_retrieval
 from scaleclip.evaluation.encoder import Encoder
@@ -42,7 +44,7 @@ class SuiteEvaluation:
 class _Opened(NamedTuple):
     measure: Measure
     data: str
-    """Digest, or at least size, of what is measured on."""
+    """Digest of what is measured on."""
 
 
 class Mean(NamedTuple):
@@ -52,6 +54,11 @@ class Mean(NamedTuple):
     task: TaskConfig
     metrics: dict[str, str]
     """By data set: which of its figures counts."""
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the evaluations that it is of."""
+        return [_name(self.task, dataset) for dataset in self.metrics]
 
 
 class Missing(NamedTuple):
@@ -69,17 +76,22 @@ class OpenedSuite(NamedTuple):
     means: list[Mean]
     missing: list[Missing]
 
-    def evaluate(self, encoder: Encoder) -> list[Figure]:
+    def evaluate(self, encoder: Encoder, features: Path) -> list[Figure]:
         """Every figure. The model is left in the mode it was in. All ranks call; each encodes its part.
+
+        Args:
+            encoder: the model.
+            features: a folder for what is too much for memory, on a disk that all ranks see; it is deleted at the end.
 
         Raises:
             RunError: something in the data cannot be used.
         """
         with encoder.evaluating():
-            figures = distinct([figure for each in self.evaluations for figure in each.run(encoder)])
-        return figures + self.means_of(figures)
+            figures = distinct([figure for each in self.evaluations for figure in each.run(encoder, features)])
+        on_main(lambda: shutil.rmtree(features, ignore_errors=True))
+        return figures + [figure for _, figure in self.means_of(figures)]
 
-    def means_of(self, figures: Sequence[Figure]) -> list[Figure]:
+    def means_of(self, figures: Sequence[Figure]) -> list[tuple[Mean, Figure]]:
         """Means over data sets, where the figures of all of them are there.
 
         The interval of a mean takes the data sets' intervals for independent.
@@ -89,7 +101,7 @@ class OpenedSuite(NamedTuple):
         for mean in self.means:
             parts = [there[key] for key in mean.metrics.items() if key in there]
             if len(parts) == len(mean.metrics):
-                found.append(_mean(mean, parts))
+                found.append((mean, _mean(mean, parts)))
         return found
 
 
@@ -146,8 +158,13 @@ def _open(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[
         return list(open_splits(placed, cache))
     measure, data = _OPEN[task.task](task, name, dataset, placed, cache)
     options = task.model_dump_json(exclude={"datasets", "mean"})
-    definition = f"{name} {options} {dataset.model_dump_json()} {[os.path.abspath(path) for path in placed]} {data}"
-    return [SuiteEvaluation(f"{task.task} {name}", definition, measure)]
+    where = [path if "://" in path else os.path.abspath(path) for path in placed]
+    definition = f"{name} {options} {dataset.model_dump_json()} {where} {data}"
+    return [SuiteEvaluation(_name(task, name), definition, measure)]
+
+
+def _name(task: TaskConfig, dataset: str) -> str:
+    return f"{task.task} {dataset}"
 
 
 def _zero_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
@@ -192,17 +209,17 @@ def _linear_probe(task: TaskConfig, name: str, dataset: DatasetConfig, placed: S
 
 def _retrieval(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     data = CaptionedImages(name, placed[0], dataset.split, cache)
-    return _Opened(lambda encoder, _: evaluate_retrieval(encoder, data), str(data.num_images))
+    return _Opened(lambda encoder, _: evaluate_retrieval(encoder, data), data.fingerprint())
 
 
 def _sts(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     pairs = TextPairs(name, placed[0])
-    return _Opened(lambda encoder, _: evaluate_pairs(encoder, pairs), str(len(pairs.score_P)))
+    return _Opened(lambda encoder, _: evaluate_pairs(encoder, pairs), pairs.fingerprint())
 
 
 def _text_retrieval(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     data = TextRetrieval(name, placed[0])
-    return _Opened(lambda encoder, _: evaluate_text_retrieval(encoder, data), f"{len(data.queries)} {len(data.documents)}")
+    return _Opened(lambda encoder, _: evaluate_text_retrieval(encoder, data), data.fingerprint())
 
 
 _OPEN: dict[str, Callable[[TaskConfig, str, DatasetConfig, Sequence[str], ShardCache], _Opened]] = {
@@ -247,4 +264,5 @@ def _mean(mean: Mean, parts: Sequence[Figure]) -> Figure:
     if all(part.low is not None and part.high is not None for part in parts):
         low = value - math.hypot(*(part.value - (part.low or 0) for part in parts)) / len(parts)
         high = value + math.hypot(*((part.high or 0) - part.value for part in parts)) / len(parts)
-    return Figure(mean.name, f"mean {mean.task.task}", value, chance, low=low, high=high)
+    kind = parts[0].metric if isinstance(mean.task, FewShotConfig) else mean.task.task  # which says ways and shots
+    return Figure(mean.name, f"mean {kind}", value, chance, low=low, high=high)

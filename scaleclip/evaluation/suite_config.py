@@ -163,11 +163,6 @@ def load_suite(name: str) -> Suite:
     return Suite(tasks, datasets)
 
 
-def suite_names() -> list[str]:
-    """Of scaleclip's own suites."""
-    return list(_read(Path(resolve_path(SUITES)))["suites"])
-
-
 def _tasks(file: str, tree: Mapping[str, Any], name: str, outer: tuple[str, ...]) -> list[TaskConfig]:
     if name not in tree["suites"]:
         known = ", ".join(tree["suites"])

@@ -42,16 +42,17 @@ class Target(Section):
 
 
 class Compared(NamedTuple):
-    """A reported figure beside the measured one."""
+    """What is reported beside what was measured."""
 
-    target: TargetFigure
+    reported: TargetFigure | None
     measured: Figure | None
-    """None where that was not measured."""
 
     @property
     def difference(self) -> float | None:
-        """Measured less reported, in points (per cent of the whole)."""
-        return None if self.measured is None else 100 * self.measured.value - self.target.percent
+        """Measured less reported, in points (per cent of the whole); None without one of them."""
+        if self.reported is None or self.measured is None:
+            return None
+        return 100 * self.measured.value - self.reported.percent
 
 
 class _Targets(Section):
@@ -82,7 +83,13 @@ def compare(target: Target, figures: Sequence[Figure]) -> list[Compared]:
     return [Compared(each, measured.get((each.dataset, each.metric))) for each in target.figures]
 
 
-def targets_table(target: Target, compared: Sequence[Compared]) -> Table:
+def beside(figures: Sequence[Figure], target: Target | None) -> list[Compared]:
+    """Every measured figure with what is reported of its data set and metric."""
+    reported = {(each.dataset, each.metric): each for each in target.figures} if target else {}
+    return [Compared(reported.get((figure.split, figure.metric)), figure) for figure in figures]
+
+
+def targets_table(target: Target, figures: Sequence[Figure]) -> Table:
     """Reported figures beside the measured ones, in per cent."""
     table = Table(title=f"against {target.system}: {target.source}", title_justify="left", caption_justify="left")
     for column in ("data set", "figure"):
@@ -90,15 +97,15 @@ def targets_table(target: Target, compared: Sequence[Compared]) -> Table:
     for column in ("expected", "measured", "difference", "95 %"):
         table.add_column(column, justify="right")
     table.add_column("source")
-    for each in compared:
-        measured, difference = each.measured, each.difference
+    absent = []
+    for reported, each in zip(target.figures, compare(target, figures), strict=True):
         columns = ["not measured", "", ""]
-        if measured is not None and difference is not None:
-            columns = [f"{100 * measured.value:.2f}", f"{difference:+.2f}", measured.interval]
-        where = each.target.where + (f" ({each.target.checked})" if each.target.checked else "")
-        table.add_row(each.target.dataset, each.target.metric, f"{each.target.percent:.2f}", *columns, where)
-    absent = [each for each in compared if each.measured is None]
+        if each.measured is None or each.difference is None:
+            absent.append(f"{reported.metric} of {reported.dataset}")
+        else:
+            columns = [f"{100 * each.measured.value:.2f}", f"{each.difference:+.2f}", each.measured.interval]
+        where = reported.where + (f" ({reported.checked})" if reported.checked else "")
+        table.add_row(reported.dataset, reported.metric, f"{reported.percent:.2f}", *columns, where)
     if absent:
-        named = ", ".join(dict.fromkeys(f"{each.target.metric} of {each.target.dataset}" for each in absent))
-        table.caption = f"without a measured figure: {named}"
+        table.caption = f"without a measured figure: {', '.join(dict.fromkeys(absent))}"
     return table

@@ -14,6 +14,7 @@ from torch import Tensor
 from scaleclip.data.tables import SUFFIXES, read_table
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.encoder import Encoder
+from scaleclip.evaluation.fingerprint import digest
 from scaleclip.evaluation.intervals import bootstrap_interval
 from scaleclip.evaluation.over_ranks import encode_over_ranks
 from scaleclip.evaluation.results import Figure
@@ -41,6 +42,10 @@ class TextPairs:
         if len(set(self.score_P.tolist())) < 2:
             raise ConfigError(f"{name}: {path} has no two pairs of different scores, so that nothing correlates")
 
+    def fingerprint(self) -> str:
+        """Digest of texts and scores."""
+        return digest([self.firsts, self.seconds, self.score_P.tolist()])
+
 
 class TextRetrieval:
     """Queries, documents and which are relevant. Raises ConfigError where `path` holds none, or names unknown ones."""
@@ -65,6 +70,10 @@ class TextRetrieval:
         self.documents = list(documents.values())
         self.relevances = [{place[key]: value for key, value in of.items()} for of in found.values()]
 
+    def fingerprint(self) -> str:
+        """Digest of texts and relevances."""
+        return digest([self.queries, self.documents, self.relevances])
+
 
 def evaluate_pairs(encoder: Encoder, pairs: TextPairs) -> list[Figure]:
     """Spearman's correlation, -1 to 1, of the cosines of pairs with their scores; it has no interval. Every rank calls."""
@@ -72,7 +81,9 @@ def evaluate_pairs(encoder: Encoder, pairs: TextPairs) -> list[Figure]:
     number = {text: place for place, text in enumerate(distinct)}
     text_NE = encoder.texts(distinct)
     first_PE, second_PE = (text_NE[[number[text] for text in texts]] for texts in (pairs.firsts, pairs.seconds))
-    return [Figure(pairs.name, "STS Spearman", spearman((first_PE * second_PE).sum(dim=1), pairs.score_P), 0.0)]
+    # of features that are no numbers nothing follows
+    cosine_P = (first_PE * second_PE).sum(dim=1).nan_to_num(0.0)
+    return [Figure(pairs.name, "STS Spearman", spearman(cosine_P, pairs.score_P), 0.0)]
 
 
 def evaluate_text_retrieval(encoder: Encoder, data: TextRetrieval) -> list[Figure]:
@@ -104,9 +115,10 @@ def evaluate_text_retrieval(encoder: Encoder, data: TextRetrieval) -> list[Figur
 
 
 def spearman(x_P: Tensor, y_P: Tensor) -> float:
-    """Pearson's correlation of ranks, where equal values share the mean of theirs; NaN where all values are equal."""
+    """Pearson's correlation of ranks, where equal values share the mean of theirs; 0 where all values of one are equal, and
+    nothing follows the other."""
     ranks = torch.stack([_ranks(x_P), _ranks(y_P)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num(0.0))
 
 
 def _ranks(values_P: Tensor) -> Tensor:

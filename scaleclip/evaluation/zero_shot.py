@@ -4,6 +4,7 @@ Shapes: N images, B images of a block, C classes, E embedding width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from scaleclip.evaluation.class_names import Prompts
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.intervals import bootstrap_interval
 from scaleclip.evaluation.labelled import LabelledImages
-from scaleclip.evaluation.over_ranks import encode_over_ranks
+from scaleclip.evaluation.over_ranks import read_and_encode_over_ranks
 from scaleclip.evaluation.results import Figure
 
 _BLOCK = 4096
@@ -25,7 +26,7 @@ def evaluate_zero_shot(encoder: Encoder, data: LabelledImages, prompts: Prompts,
     """Top-1, top-5 where there are more than five classes, and the mean of class recalls, with 95 % intervals.
 
     Images are encoded, compared and forgotten a batch at a time: memory takes C x templates x E floats for the prompts, then
-    batch x (pixels + C) and 9 bytes an image. All ranks call and get the same.
+    batch x (2 pixels + C), the next batch being read meanwhile, and 9 bytes an image. All ranks call and get the same.
 
     Raises:
         ConfigError: the prompts' classes are not as many as the images'.
@@ -39,13 +40,14 @@ def evaluate_zero_shot(encoder: Encoder, data: LabelledImages, prompts: Prompts,
     with encoder.evaluating():
         class_CE = class_vectors(*prompts, encoder.texts)
 
-        def compare(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            pixels_BCHW, label_B = data.images(start, stop, encoder.size)
+        def compare(read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            pixels_BCHW, label_B = read
             if int(label_B.max()) >= len(class_CE):  # it has no similarity to be ranked by
                 return torch.zeros_like(label_B), label_B
             return label_ranks(encoder.images(pixels_BCHW), class_CE, label_B), label_B
 
-        parts = encode_over_ranks(data.num_images, encoder.batch, compare)
+        read = partial(data.images, size=encoder.size)
+        parts = read_and_encode_over_ranks(data.num_images, encoder.batch, read, compare)
     rank_N, label_N = (torch.cat(each) for each in zip(*parts, strict=True))
     data.check_labels(label_N, len(class_CE))
     outcomes = Outcomes(rank_N, label_N, len(class_CE))
@@ -94,11 +96,6 @@ def class_vectors(classes: Sequence[str], templates: Sequence[str], encode: Call
     return normalize(encode(prompts).reshape(len(classes), len(templates), -1).mean(dim=1), dim=-1)
 
 
-def accuracy(image_NE: Tensor, class_CE: Tensor, label_N: Tensor) -> float:
-    """Share of images whose most similar class is their label, blockwise over images."""
-    return float((label_ranks(image_NE, class_CE, label_N) == 0).double().mean())
-
-
 def label_ranks(image_NE: Tensor, class_CE: Tensor, label_N: Tensor) -> Tensor:
     """int64 (N,): how many classes are more similar to an image than its label, 0 for a right answer; 4096 x C similarities
     at once.
@@ -116,8 +113,3 @@ def label_ranks(image_NE: Tensor, class_CE: Tensor, label_N: Tensor) -> Tensor:
         is_behind_BC = (similarity_BC < of_label_B1) | ((similarity_BC == of_label_B1) & is_later_C)
         ranks.append(len(class_CE) - is_behind_BC.sum(dim=1))
     return torch.cat(ranks)
-
-
-def majority_share(label_N: Tensor) -> float:
-    """Accuracy of always answering the most frequent class."""
-    return float(torch.bincount(label_N).max()) / len(label_N)

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from scaleclip.checkpoint.folders import identity
 from scaleclip.config import CacheConfig, RunConfig, SourceConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.source import open_shards
 from scaleclip.errors import ConfigError
-from scaleclip.evaluation.results import finished_step, read_results
+from scaleclip.evaluation.saved import checkpoint_figures
 from scaleclip.exchange.loaders import loader
 from scaleclip.exchange.source import Checkpoint, Source
 from scaleclip.run_folder import read_starts
@@ -91,12 +92,13 @@ def _recipe(config: RunConfig) -> Iterator[str]:
 
 
 def _results(checkpoint: Checkpoint) -> Iterator[str]:
-    if finished_step(checkpoint.run) != checkpoint.state.step:
-        yield "None of this checkpoint by the data that its run measures itself: `scaleclip eval RUN` makes them."
+    figures = checkpoint_figures(checkpoint.run, checkpoint.state.step, identity(checkpoint.path))
+    if not figures:
+        yield "None of this checkpoint: `scaleclip eval` makes them."
         return
     yield "| data | metric | value | chance |"
     yield "|---|---|---:|---:|"
-    for figure in read_results(checkpoint.run):
+    for figure in figures:
         interval = f" ({figure.low:.4f} to {figure.high:.4f})" if figure.low is not None and figure.high is not None else ""
         yield f"| {figure.split} | {figure.metric} | {figure.value:.4f}{interval} | {figure.chance:.4f} |"
 

@@ -19,6 +19,7 @@ _WIDEST = 50  # rows to each side of a median
 _STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 _SMOOTHED = 60  # rows from which on a noisy curve gets a median
 _MOST_STAGES = 7  # of the loader; what is left is "other"
+_ZERO_SHOT = "zero-shot"
 _NO_TERM = "contrastive"  # alone, it is the loss itself
 
 
@@ -33,6 +34,15 @@ class Marks(NamedTuple):
     """Steps that were left out."""
 
 
+class Measured(NamedTuple):
+    """What an evaluation found."""
+
+    samples: int
+    """Pairs seen by then."""
+    values: Mapping[tuple[str, str], float]
+    """Of figures, by (split, metric)."""
+
+
 class _Panel(NamedTuple):
     name: str
     title: str
@@ -42,14 +52,14 @@ class _Panel(NamedTuple):
     """Columns that it takes."""
 
 
-def draw_curves(title: str, rows: Rows, marks: Marks, evaluations: Rows = ()) -> list[Picture]:
+def draw_curves(title: str, rows: Rows, marks: Marks, evaluations: Sequence[Measured] = ()) -> list[Picture]:
     """`curves` with all panels, and then a picture for each.
 
     Args:
         title: of the picture with all.
         rows: of metrics.jsonl, at least one; values that are not finite may be null or NaN and leave gaps.
         marks: beside all of them.
-        evaluations: of evaluations.jsonl, with `samples` beside `step`.
+        evaluations: what was measured, oldest first.
     """
     panels = [*_metric_panels(rows, marks.bad), *_evaluation_panels(evaluations)]
     limit = (0.0, 1.02 * max(rows[-1]["samples"], 1))
@@ -196,20 +206,17 @@ def _loader_panel(samples: Floats, rows: Rows) -> list[_Panel]:
     ]
 
 
-def _evaluation_panels(evaluations: Rows) -> list[_Panel]:
+def _evaluation_panels(evaluations: Sequence[Measured]) -> list[_Panel]:
     """A panel a figure, with a curve a split; without one point beside another there is no curve."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in evaluations:
-        for key, value in row.items():
-            if key in ("step", "samples"):
+    for each in evaluations:
+        for (split, metric), value in each.values.items():
+            kind, curve = metric, split
+            if metric.startswith(_ZERO_SHOT):
+                kind, curve = _ZERO_SHOT, f"{split}:{metric.removeprefix(_ZERO_SHOT)}"
+            elif not metric.startswith("mean ") and not metric.endswith("R@1"):
                 continue
-            split, _, metric = key.partition(" ")
-            metric = "zero-shot" if metric.startswith("zero-shot") else metric
-            if metric == "zero-shot":
-                split = key.replace(" zero-shot", ":")
-            elif not metric.endswith("R@1"):
-                continue
-            found.setdefault(metric, {}).setdefault(split, []).append((row["samples"], _number(value)))
+            found.setdefault(kind, {}).setdefault(curve, []).append((each.samples, _number(value)))
     panels = []
     for metric, splits in found.items():
         if max(map(len, splits.values())) > 1:

@@ -19,26 +19,24 @@ from scaleclip.config_io import to_yaml
 from scaleclip.data.cache import ShardCache
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.results import finished_step, read_results
+from scaleclip.evaluation.saved import checkpoint_figures, evaluated_steps
 from scaleclip.evaluation.splits import open_splits
+from scaleclip.evaluation.targets import Target, compare
 from scaleclip.files import write_atomic
 from scaleclip.metrics import read_rows
-from scaleclip.report.curves import Marks, draw_curves
+from scaleclip.report.curves import Marks, Measured, draw_curves
 from scaleclip.report.drawings import draw_sheet, shorten
 from scaleclip.report.picture import Picture
 from scaleclip.report.sheets import Sheet, make_sheet
-from scaleclip.report.tables import TargetValue, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
+from scaleclip.report.tables import Evaluated, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
 from scaleclip.run_folder import read_config, read_starts
 from scaleclip.status import Status, read_status
 from scaleclip.trained_model import load_model
 
 PAGE, PICTURES = "report.html", "report"
-_NO_TARGETS: Mapping[tuple[str, str], TargetValue] = {}
 
 
-def write_report(
-    run: Path, *, seed: int = 0, with_sheets: bool = True, targets: Mapping[tuple[str, str], TargetValue] = _NO_TARGETS
-) -> Path:
+def write_report(run: Path, *, seed: int = 0, with_sheets: bool = True, target: Target | None = None) -> Path:
     """Write RUN/report.html, which needs no other file and no network, and RUN/report/*.png; the page's path.
 
     The run may be going on, and may have nothing but its configuration: what is not there is said on the page.
@@ -47,7 +45,7 @@ def write_report(
         run: the run's folder.
         seed: of the draw of queries.
         with_sheets: encode the run's own splits with its newest whole checkpoint.
-        targets: what figures should be, by (split, metric).
+        target: whose reported figures stand beside the measured ones.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -60,7 +58,8 @@ def write_report(
     drawings = [draw_sheet(sheet) for sheet in sheets]
     pictures = [*curves, *(picture for drawn in drawings for picture in drawn)]
     _write_pictures(run / PICTURES, pictures)
-    figures = read_results(run) if finished_step(run) is not None else []
+    evaluated = evaluated_steps(run)
+    figures = checkpoint_figures(run, evaluated[-1]) if evaluated else []
     page = _template().render(
         run=run.resolve(),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -69,8 +68,10 @@ def write_report(
         curves=curves[1:],
         has_stages=len({row["stage"] for row in rows}) > 1,
         num_restarts=len(_restarts(rows, starts)),
-        results=result_groups(figures, targets),
-        results_step=finished_step(run),
+        results=result_groups(figures, target),
+        results_step=evaluated[-1] if evaluated else None,
+        not_measured=[each.reported for each in compare(target, figures) if each.measured is None] if target else [],
+        target=target,
         history=history_table(evaluations),
         sheets=list(zip(sheets, (drawn[0] for drawn in drawings), strict=True)),
         sheets_step=step,
@@ -85,7 +86,7 @@ def write_report(
 
 
 def _draw_curves(
-    run: Path, rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+    run: Path, rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluated]
 ) -> list[Picture]:
     if not rows:
         return []
@@ -95,11 +96,11 @@ def _draw_curves(
         if row["stage"] != before["stage"]
     ]
     bad = _samples_at(rows, [row["step"] for row in read_bad_steps(run)])
-    evaluated = _samples_at(rows, [row["step"] for row in evaluations])
-    with_samples = [{**row, "samples": samples} for row, samples in zip(evaluations, evaluated, strict=True)]
+    evaluated = _samples_at(rows, [each.step for each in evaluations])
+    measured = [Measured(samples, each.values) for samples, each in zip(evaluated, evaluations, strict=True)]
     last = rows[-1]
     title = f"{run.resolve().name}: {last['step']:,} steps, {last['samples']:,} pairs, {last['epoch']:.1f} epochs"
-    return draw_curves(title, rows, Marks(stages, _samples_at(rows, _restarts(rows, starts)), bad), with_samples)
+    return draw_curves(title, rows, Marks(stages, _samples_at(rows, _restarts(rows, starts)), bad), measured)
 
 
 def _restarts(rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> list[int]:

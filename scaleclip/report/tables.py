@@ -1,7 +1,5 @@
 """The rows of a report's tables, from what lies in a run's folder."""
 
-import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -10,64 +8,33 @@ from typing import Any, NamedTuple
 
 from scaleclip.data.tally import QUARANTINE, read_quarantine
 from scaleclip.evaluation.results import Figure
-from scaleclip.evaluation.targets import Target
+from scaleclip.evaluation.saved import checkpoint_figures, evaluated_steps
+from scaleclip.evaluation.targets import Compared, Target, beside
 from scaleclip.metrics import read_evaluations, read_whole_lines
 
 _MOST_STEPS, _MOST_SHARDS, _MOST_BAD_STEPS = 8, 5, 10
 
 
-class TargetValue(NamedTuple):
-    """What a figure should be."""
-
-    value: float
-    """A share in 0..1, as the figure."""
-    source: str
-    """Who says so."""
+def result_groups(figures: Sequence[Figure], target: Target | None) -> list[tuple[str, list[Compared]]]:
+    """Figures by split, in their order, each with what a target reports of it."""
+    compared = [(figure.split, each) for figure, each in zip(figures, beside(figures, target), strict=True)]
+    return [(split, [each for _, each in rows]) for split, rows in groupby(compared, key=lambda pair: pair[0])]
 
 
-class Result(NamedTuple):
-    """A figure with what it is held against."""
+class Evaluated(NamedTuple):
+    """What was measured of a step's weights."""
 
-    figure: Figure
-    target: TargetValue | None
-
-    @property
-    def difference(self) -> float | None:
-        """Measured less expected."""
-        return None if self.target is None else self.figure.value - self.target.value
+    step: int
+    values: Mapping[tuple[str, str], float]
+    """By (split, metric)."""
 
 
-def target_values(target: Target) -> dict[tuple[str, str], TargetValue]:
-    """What a system is reported to reach, by (split, metric)."""
-    return {
-        (each.dataset, each.metric): TargetValue(each.percent / 100, f"{target.source}, {each.where}")
-        for each in target.figures
-    }
-
-
-def result_groups(figures: Sequence[Figure], targets: Mapping[tuple[str, str], TargetValue]) -> list[tuple[str, list[Result]]]:
-    """Figures by split, in their order, each with its target by (split, metric)."""
-    return [
-        (split, [Result(figure, targets.get((figure.split, figure.metric))) for figure in rows])
-        for split, rows in groupby(figures, key=lambda figure: figure.split)
-    ]
-
-
-def evaluation_history(run: Path) -> list[dict[str, Any]]:
-    """A row a step that was evaluated, oldest first: `step`, and each figure's value by "SPLIT METRIC".
-
-    Of evaluations.jsonl, and of RUN/evaluations, whose figures are those of the same weights.
-    """
-    found: dict[int, dict[str, Any]] = {row["step"]: dict(row) for row in read_evaluations(run)}
-    for path in sorted((run / "evaluations").glob("**/*.json")):
-        # a file a data set, below step_00000500/
-        named = re.search(r"step_(\d+)", str(path.relative_to(run)))
-        content = json.loads(path.read_text())
-        if named and "figures" in content:
-            step = int(named[1])
-            values = {f"{row['split']} {row['metric']}": row["value"] for row in content["figures"]}
-            found.setdefault(step, {"step": step}).update(values)
-    return [found[step] for step in sorted(found)]
+def evaluation_history(run: Path) -> list[Evaluated]:
+    """Every step that was evaluated, oldest first: while the run trained, and after."""
+    found = dict(read_evaluations(run))
+    for step in evaluated_steps(run):
+        found[step] = [*found.get(step, ()), *checkpoint_figures(run, step)]
+    return [Evaluated(step, {(figure.split, figure.metric): figure.value for figure in found[step]}) for step in sorted(found)]
 
 
 class HistoryTable(NamedTuple):
@@ -80,14 +47,14 @@ class HistoryTable(NamedTuple):
     """Older steps."""
 
 
-def history_table(history: Sequence[Mapping[str, Any]]) -> HistoryTable | None:
+def history_table(history: Sequence[Evaluated]) -> HistoryTable | None:
     """The newest steps beside each other; None where there are fewer than two."""
     if len(history) < 2:
         return None
     shown = history[-_MOST_STEPS:]
-    names = dict.fromkeys(name for row in shown for name in row if name != "step")
-    rows = tuple((name, tuple(row.get(name) for row in shown)) for name in names)
-    return HistoryTable(tuple(row["step"] for row in shown), rows, len(history) - len(shown))
+    names = dict.fromkeys(name for each in shown for name in each.values)
+    rows = tuple((" ".join(name), tuple(each.values.get(name) for each in shown)) for name in names)
+    return HistoryTable(tuple(each.step for each in shown), rows, len(history) - len(shown))
 
 
 class Faults(NamedTuple):

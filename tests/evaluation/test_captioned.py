@@ -152,7 +152,7 @@ def test_a_broken_image_stops(tmp_path, cache):
     path = karpathy(tmp_path / "k")
     (path.parent / "images" / "1.jpg").write_bytes(b"no image")
     data = CaptionedImages("mine", str(path), "test", cache)
-    with pytest.raises(RunError, match="mine, image 1 cannot be used: undecodable_image"):
+    with pytest.raises(RunError, match=r"data set mine: .*1\.jpg cannot be used: undecodable_image"):
         data.read(0, 4, 32)
 
 
@@ -165,7 +165,7 @@ def test_a_tar_that_is_cut_off_is_an_error(tmp_path, cache):
 
 def test_an_image_without_captions_stops(tmp_path, cache):
     write_tar(tmp_path / "0.tar", [("a", {"jpg": encode_image(0, "JPEG"), "txt": b"\n \n"})])
-    with pytest.raises(RunError, match=r"mine, image 0 \(a\) has no captions"):
+    with pytest.raises(RunError, match=r"data set mine: .*0\.tar sample 0 has no captions"):
         CaptionedImages("mine", str(tmp_path), "test", cache).read(0, 1, 32)
 
 

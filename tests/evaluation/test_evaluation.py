@@ -12,7 +12,7 @@ from scaleclip.errors import ConfigError
 from scaleclip.evaluation import retrieval
 from scaleclip.evaluation.retrieval import RANKS, chance_recall_at_k, found_at_k
 from scaleclip.evaluation.splits import open_splits
-from scaleclip.evaluation.zero_shot import accuracy, class_vectors, majority_share
+from scaleclip.evaluation.zero_shot import Outcomes, class_vectors, label_ranks, top_figure
 
 
 def features(num, seed):
@@ -72,8 +72,9 @@ def test_zero_shot_takes_the_nearest_class_over_templates():
     classes = class_vectors(["cat", "dog"], ["a {}", "the {}"], lambda texts: torch.tensor([vectors[t] for t in texts]).float())
     torch.testing.assert_close(classes, normalize(torch.tensor([[1.0, 1, 0], [0, 0, 1]]), dim=1))
     images = normalize(torch.tensor([[1.0, 0.9, 0.1], [0.1, 0, 1], [0, 0, 1]]), dim=1)
-    assert accuracy(images, classes, torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
-    assert majority_share(torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+    labels = torch.tensor([0, 1, 0])
+    figure = top_figure("pets", "top-1", Outcomes(label_ranks(images, classes, labels), labels, 2))
+    assert (figure.value, figure.chance, figure.majority) == pytest.approx((2 / 3, 1 / 2, 2 / 3))
 
 
 @pytest.fixture

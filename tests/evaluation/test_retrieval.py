@@ -70,8 +70,9 @@ def test_an_image_that_is_broken_on_one_rank_stops_all(data, tmp_path):
     good, bad = ((f"{n}", {"jpg": content, "txt": b"a"}) for n, content in enumerate((encode_image(0, "JPEG"), b"no image")))
     write_tar(tmp_path / "captions" / "0.tar", [good, bad])
     first, second = run_ranks(failing, 2, tmp_path, str(tmp_path / "captions"))
-    assert second.startswith("RunError: captions, image 1 cannot be used: undecodable_image")
-    assert first.startswith("RunError: rank 1 failed: RunError: captions, image 1")
+    assert second.startswith("RunError: data set captions: ")
+    assert "sample 1 cannot be used: undecodable_image" in second
+    assert first.startswith(f"RunError: rank 1 failed: {second[:60]}")
 
 
 def test_memory_is_bounded_by_the_block(monkeypatch):

@@ -1,7 +1,10 @@
 """Suites: their YAML, what they open, what is missing, and means over data sets."""
 
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,7 +16,8 @@ from scaleclip.errors import ConfigError
 from scaleclip.evaluation.evaluate import distinct, occurrences
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.suite import open_evaluations, open_suite
-from scaleclip.evaluation.suite_config import load_suite, suite_names
+from scaleclip.evaluation.suite_config import SUITES, load_suite
+from scaleclip.files import resolve_path
 
 LACLIP_15 = (
     "food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "dtd", "pets", "caltech101", "flowers", "stl10",
@@ -65,7 +69,9 @@ def classified(monkeypatch):
 
 
 def test_our_suites_are_the_papers():
-    assert set(suite_names()) == {"imagenet", "laclip-15", "few-shot", "linear-probe", "retrieval", "text", "demo", "all"}
+    with open(resolve_path(SUITES)) as file:
+        names = set(yaml.safe_load(file)["suites"])
+    assert names == {"imagenet", "laclip-15", "few-shot", "linear-probe", "retrieval", "text", "demo", "all"}
     [task] = load_suite("laclip-15").tasks
     assert (task.task, task.datasets, task.mean) == ("zero-shot", LACLIP_15, "laclip-15")
     datasets = load_suite("laclip-15").datasets
@@ -213,8 +219,10 @@ def test_tasks_are_called_with_their_options_and_averaged(tmp_path, cache, class
     train, [test], options = calls["linear probe", "pets"]
     assert (train, test.path) == (f"{tmp_path}/pets/train", f"{tmp_path}/pets/test")
     assert options == {"mean_per_class": True, "features": features}
-    means = {(mean.split, mean.metric): mean for mean in opened.means_of(figures)}
-    assert set(means) == {("laclip-15", "mean zero-shot"), ("two", "mean few-shot"), ("two", "mean linear-probe")}
+    of = {(figure.split, figure.metric): (mean.parts, figure) for mean, figure in opened.means_of(figures)}
+    means = {key: figure for key, (_, figure) in of.items()}
+    assert set(means) == {("laclip-15", "mean zero-shot"), ("two", "mean 5-way 5-shot"), ("two", "mean linear-probe")}
+    assert of["two", "mean linear-probe"][0] == ["linear-probe pets", "linear-probe dtd"]
     mean = means["laclip-15", "mean zero-shot"]
     assert mean.value == pytest.approx(sum(map(len, LACLIP_15)) / 1500)
     assert mean.chance == pytest.approx(0.1)
@@ -247,6 +255,44 @@ def test_captions_texts_and_splits_are_opened(tmp_path, cache):
     opened = open_evaluations(EvalConfig(suite=path, data=str(tmp_path)), cache)
     names = [each.name for each in opened.evaluations]
     assert names == ["retrieval captions", "sts pairs", "unseen_clipart", "unseen_concept", "unseen_family", "unseen_vendor"]
+
+
+@pytest.mark.parametrize("changed", ["captions", "image", "scores", "nothing"])
+def test_a_definition_changes_with_the_data(tmp_path, cache, changed):
+    """As many of them as before."""
+
+    def definitions(caption="two", image=0, score=2):
+        (tmp_path / "captions").mkdir(exist_ok=True)
+        picture = encode_image(image, "PNG")
+        if not (tmp_path / "captions" / "0.tar").exists() or changed in ("captions", "image"):
+            write_tar(tmp_path / "captions" / "0.tar", [("a", {"png": picture, "txt": f"one\n{caption}".encode()})])
+        (tmp_path / "pairs.csv").write_text(f"text1,text2,score\na,b,1\na,c,{score}\n")
+        path = write(
+            tmp_path / "my.yaml",
+            datasets={"captions": {"test": "captions"}, "pairs": {"test": "pairs.csv"}},
+            suites={"a": [{"task": "retrieval", "datasets": "captions"}, {"task": "sts", "datasets": "pairs"}]},
+        )
+        return [each.definition for each in open_evaluations(EvalConfig(suite=path, data=str(tmp_path)), cache).evaluations]
+
+    before = definitions()
+    after = definitions(
+        **{"captions": {"caption": "owt"}, "image": {"image": 1}, "scores": {"score": 3}, "nothing": {}}[changed]
+    )
+    are_equal = [one == other for one, other in zip(before, after, strict=True)]
+    assert are_equal == {"captions": [False, True], "image": [False, True], "scores": [True, False]}.get(changed, [True, True])
+
+
+def test_a_splits_definition_changes_with_its_tars(tmp_path, cache):
+    def definition():
+        [split] = open_evaluations(EvalConfig(splits=(str(tmp_path / "unseen_family.json"),)), cache).evaluations
+        return split.definition
+
+    for path in Path(resolve_path("package:scaleclip/data/demo/eval")).glob("unseen_family*"):
+        shutil.copy(path, tmp_path)
+    before = definition()
+    assert definition() == before
+    os.utime(next(tmp_path.glob("*.tar")), (1, 1))
+    assert definition() != before
 
 
 def test_splits_come_before_the_suite(cache):

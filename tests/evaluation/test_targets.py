@@ -8,7 +8,7 @@ from scaleclip.errors import ConfigError
 from scaleclip.evaluation import targets
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.suite_config import SUITES, load_suite
-from scaleclip.evaluation.targets import compare, load_target, load_targets, targets_table
+from scaleclip.evaluation.targets import beside, compare, load_target, load_targets, targets_table
 from scaleclip.files import resolve_path
 
 # what of the papers no suite measures
@@ -33,7 +33,7 @@ def test_the_recipes_figures_are_there():
     assert percent("laclip-cc12m-b16") == {
         zero_shot: 48.4,
         ("laclip-15", "mean zero-shot"): 46.2,
-        ("laclip-15", "mean few-shot"): 85.8,
+        ("laclip-15", "mean 5-way 5-shot"): 85.8,
         ("imagenet1k", "linear probe"): 72.3,
     }
     assert percent("open-clip-laion400m-b16-240")[zero_shot] == 69.21
@@ -50,7 +50,9 @@ def test_the_recipes_figures_are_there():
 def test_every_figure_is_of_a_known_data_set_and_metric():
     """A misspelt name would never be measured."""
     datasets = set(yaml.safe_load(open(resolve_path(SUITES)))["datasets"])  # noqa: SIM115
-    means = {(task.mean, f"mean {task.task}") for task in load_suite("all").tasks if getattr(task, "mean", None)}
+    kinds = {"few-shot": "5-way 5-shot"}
+    averaged = [task for task in load_suite("all").tasks if getattr(task, "mean", None)]
+    means = {(task.mean, f"mean {kinds.get(task.task, task.task)}") for task in averaged}
     metrics = {"zero-shot top-1", "linear probe", "image -> text R@1", "text -> image R@1"}
     for name, target in load_targets().items():
         for each in target.figures:
@@ -65,17 +67,25 @@ def test_measured_stands_beside_expected():
         figure("imagenet1k", "linear probe", 0.8),
     ]
     compared = compare(load_target("laclip-cc12m-b16"), measured)
-    by_metric = {(each.target.dataset, each.target.metric): each for each in compared}
+    by_metric = {(each.reported.dataset, each.reported.metric): each for each in compared}
     assert by_metric["imagenet1k", "zero-shot top-1"].difference == pytest.approx(-1.28)
     assert by_metric["laclip-15", "mean zero-shot"].measured is None
     assert by_metric["laclip-15", "mean zero-shot"].difference is None
-    said = text(targets_table(load_target("laclip-cc12m-b16"), compared))
+    said = text(targets_table(load_target("laclip-cc12m-b16"), measured))
     [row] = [line for line in said.splitlines() if "zero-shot top-1" in line]
     for part in ("imagenet1k", "48.40", "47.12", "-1.28", "46.7 to 47.5", "zero-shot transfer (LaCLIP README)"):
         assert part in row
     assert "arXiv:2305.20088" in said
     assert "+7.70" in said
-    assert "without a measured figure: mean zero-shot of laclip-15, mean few-shot of laclip-15" in " ".join(said.split())
+    assert "without a measured figure: mean zero-shot of laclip-15, mean 5-way 5-shot of laclip-15" in " ".join(said.split())
+
+
+def test_reported_stands_beside_measured():
+    measured = [figure("pets", "zero-shot top-1", 0.5), figure("imagenet1k", "zero-shot top-1", 0.5)]
+    pets, imagenet = beside(measured, load_target("laclip-cc12m-b16"))
+    assert (pets.reported, pets.difference) == (None, None)
+    assert (imagenet.measured, imagenet.difference) == (measured[1], pytest.approx(1.6))
+    assert [each.reported for each in beside(measured, None)] == [None, None]
 
 
 def test_the_first_of_several_counts():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import make_sample, write_tar
-from report_runs import ATTACK, NUM_CONCEPTS, NUM_IMAGES, make_row, make_run, tiny_config
+from report_runs import ATTACK, NUM_CONCEPTS, NUM_IMAGES, make_row, make_run, tiny_config, write_evaluations
 from scaleclip.data.tokenizer import load_tokenizer
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.results import Figure, write_results
@@ -54,7 +54,7 @@ def run(tmp_path, split, encoder, monkeypatch) -> Path:
     (folder / "bad_steps.jsonl").write_text(json.dumps({"step": 7, "keys": ["key-of-a-bad-step", ""]}) + "\n")
     quarantine = [{"shard": "worst.tar"}] * 3 + [{"shard": "other.tar"}]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quarantine))
-    (folder / "evaluations.jsonl").write_text('{"step": 10, "held image -> text R@1": 0.125}\n')
+    write_evaluations(folder, {10: [Figure("held", "image -> text R@1", 0.125, 0.0625)]})
     figures = [
         Figure("held", "image -> text R@1", 0.1234, 0.0625, None, 0.1, 0.15),
         Figure("held", "zero-shot x", 0.5, 0.1, 0.25),

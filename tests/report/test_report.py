@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -14,16 +13,18 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import runs
-from report_runs import NUM_CONCEPTS, NUM_IMAGES, make_row, make_run
+from report_runs import NUM_CONCEPTS, NUM_IMAGES, make_row, make_run, write_evaluations
 from scaleclip.config import CacheConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.saved import SavedFigures
 from scaleclip.evaluation.splits import open_splits
-from scaleclip.evaluation.targets import load_target
+from scaleclip.evaluation.targets import Target
 from scaleclip.report import page, sheets
+from scaleclip.report.curves import Measured, _evaluation_panels
 from scaleclip.report.page import write_report
-from scaleclip.report.tables import TargetValue, evaluation_history, history_table, target_values
+from scaleclip.report.tables import evaluation_history, history_table
 
 
 def text_of(path: Path) -> str:
@@ -33,11 +34,17 @@ def text_of(path: Path) -> str:
 
 
 def test_the_page_shows_what_lies_in_the_folder(run):
-    written = write_report(run, targets={("held", "image -> text R@1"): TargetValue(0.2, "a paper, table 3")})
+    reported = [("held", "image -> text R@1", 20), ("coco", "text -> image R@5", 71)]
+    figures = [
+        {"dataset": name, "metric": metric, "percent": percent, "where": "table 3"} for name, metric, percent in reported
+    ]
+    target = Target.model_validate({"system": "Other", "source": "a paper", "figures": figures})
+    written = write_report(run, target=target)
     assert written == run / "report.html"
     text = text_of(written)
     for said in (
-        "12.3%", "10.0% - 15.0%", "6.2%", "20.0%", "-7.7", "a paper, table 3", "25.0%",  # results
+        "12.3%", "10.0% - 15.0%", "6.2%", "20.0%", "-7.7", "table 3", "25.0%",  # results
+        "the figures of Other, a paper", "Not measured here: text -> image R@5 of coco (71.0 %).",
         "laion/400m no_image 3", "cc empty_caption 12", "worst.tar (3), other.tar (1)", "key-of-a-bad-step",  # faults
         "node-7", "abc1234", "torch 2",  # provenance
         "global_batch: ", "nothing & all", "with seed 0", "step 20",
@@ -70,7 +77,8 @@ def test_curves_are_marked_where_stages_and_starts_begin(run, monkeypatch):
     write_report(run, with_sheets=False)
     [(marks, evaluations)] = seen
     assert marks == ([(12 * 8, "stage 1")], [4 * 8, 16 * 8], [7 * 8])
-    assert [(row["step"], row["samples"]) for row in evaluations] == [(10, 80)]
+    assert evaluations[0] == (80, {("held", "image -> text R@1"): 0.125})
+    assert [each.samples for each in evaluations] == [80, 160]
 
 
 @pytest.mark.parametrize(
@@ -149,16 +157,34 @@ def test_queries_are_drawn_by_the_seed_and_not_by_the_model(split, encoder, tmp_
 def test_steps_that_were_evaluated_stand_beside_each_other(tmp_path):
     run = make_run(tmp_path / "run", [])
     assert history_table(evaluation_history(run)) is None
-    (run / "evaluations.jsonl").write_text('{"step": 10, "held R@1": 0.1}\n')
-    folder = run / "evaluations"
-    (folder / "step_00000020").mkdir(parents=True)
-    (folder / "step_00000005.json").write_text(json.dumps({"step": 5, "figures": [Figure("held", "R@1", 0.05, 0)._asdict()]}))
-    (folder / "step_00000020" / "food.json").write_text(json.dumps({"figures": [Figure("food", "top-1", 0.3, 0)._asdict()]}))
+    held = Figure("held 2", "R@1", 0.1, 0)
+    write_evaluations(run, {10: [held]})
+    for step, name, weights, value in ((5, "held 2", "a", 0.05), (20, "food", "a", 0.2), (20, "food", "b", 0.3)):
+        kept = SavedFigures(run / "evaluations" / f"step_{step:08d}", weights, step)
+        kept.save(f"{name} {weights}", "", [Figure(name, "R@1", value, 0)])
     table = history_table(evaluation_history(run))
-    assert table == ((5, 10, 20), (("held R@1", (0.05, 0.1, None)), ("food top-1", (None, None, 0.3))), 0)
-    (run / "evaluations.jsonl").write_text("".join(f'{{"step": {step}, "held R@1": 0.1}}\n' for step in range(100, 120)))
+    assert table == ((5, 10, 20), (("held 2 R@1", (0.05, 0.1, None)), ("food R@1", (None, None, 0.3))), 0)
+    write_evaluations(run, {step: [held] for step in range(100, 120)})
     table = history_table(evaluation_history(run))
     assert (table.steps, table.num_left_out) == (tuple(range(112, 120)), 14)
+
+
+def test_curves_of_evaluations_are_by_figure_and_split():
+    """Names of splits may have spaces; means have curves too."""
+    values = {("a b", "image -> text R@1"): 0.1, ("a b", "zero-shot x"): 0.2, ("laclip-15", "mean zero-shot"): 0.3}
+    panels = _evaluation_panels([Measured(8, values), Measured(16, values | {("c", "R@5"): 0.1})])
+    assert [panel.title for panel in panels] == [
+        "evaluation: image -> text R@1", "evaluation: zero-shot", "evaluation: mean zero-shot"
+    ]  # fmt: skip
+    assert "a b: x: 0.2 at 8 pairs" in panels[1].alt
+
+
+def test_results_of_suites_stand_beside_those_of_the_run(run):
+    kept = SavedFigures(run / "evaluations" / "step_00000020", "a", 20)
+    kept.save("food", "", [Figure("food", "zero-shot top-1", 0.377, 0.01), Figure("held", "zero-shot x", 0.9, 0.1)])
+    text = text_of(write_report(run, with_sheets=False))
+    assert "37.7%" in text
+    assert "90.0%" not in text, "the run's own figure goes before one of the same name"
 
 
 @pytest.mark.slow
@@ -172,10 +198,3 @@ def test_the_command_shows_a_run_that_was_trained(undisturbed, tmp_path):
     assert "first right image: place" in text
     assert (folder / "report" / "map_unseen_clipart.png").exists()
     assert "left out: it was asked to be" in text_of(Path(runs.run("report", folder, "--no-sheets").strip()))
-
-
-def test_reported_figures_stand_beside_those_of_the_same_name():
-    values = target_values(load_target("laclip-cc12m-b16"))
-    value = values["imagenet1k", "zero-shot top-1"]
-    assert value.value == pytest.approx(0.484)
-    assert "2305.20088" in value.source
