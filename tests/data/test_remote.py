@@ -112,9 +112,10 @@ FAULTS = {
     "silent before the first byte": lambda store: store.stall(NAMES[2], -1),
     "silent in the middle": lambda store: store.stall(NAMES[2], 5000),
 }
+LONG = ("silent in the middle", "throttled")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) if fault in LONG else fault for fault in FAULTS])
 def test_what_passes_is_tried_again_and_nothing_is_lost(tiny_config, store: ObjectStore, fault):
     local, _ = read(tiny_config)
     FAULTS[fault](store)

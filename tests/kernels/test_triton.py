@@ -41,6 +41,9 @@ BORDERS = (33, 70)
 SCALES = (14.3, 100.0)
 LOW = [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
 TMA = dataclasses.replace(INTERPRETER, tma=True)
+# of what every test of a kind has, the easier half waits for `make test-slow`
+DTYPES = (pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16)
+OPTIONS = ("plain", pytest.param("ignore", marks=pytest.mark.slow), "positive")
 
 
 def inputs(loss: str, regime: str, num_pairs: int, dim: int, scale: float, **rest: Any) -> Inputs:
@@ -80,7 +83,7 @@ def test_error_budget_of_whole_panels(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("regime", ["gap", pytest.param("low", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [pytest.param(14.3, marks=pytest.mark.slow), 100.0])
 @pytest.mark.parametrize(("dtype", "compute_dtype"), LOW)
 def test_error_budget_in_16_bits(
     dtype: torch.dtype, compute_dtype: torch.dtype | None, scale: float, regime: str, loss: str
@@ -90,7 +93,7 @@ def test_error_budget_in_16_bits(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [100, 32])
+@pytest.mark.parametrize("dim", [100, pytest.param(32, marks=pytest.mark.slow)])
 def test_error_budget_through_tma(loss: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 100 bf16 features are not aligned to 16 bytes: they come through pointers, whatever the launch table says."""
     monkeypatch.setattr(tuning, "INTERPRETER", TMA)
@@ -115,7 +118,7 @@ def test_tf32_alone_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("duplicates", DUPLICATES)
-@pytest.mark.parametrize("with_valid", [False, True])
+@pytest.mark.parametrize("with_valid", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_error_budget_with_duplicates(loss: str, with_valid: bool, duplicates: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_panels(monkeypatch, *BORDERS)
     ids = torch.randint(30, (75,), generator=torch.Generator().manual_seed(1))
@@ -136,7 +139,7 @@ def test_error_budget_of_unequal_anchors(weights: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_error_budget_with_extra_columns(loss: str, dtype: torch.dtype) -> None:
     """Columns without a loss of their own, a whole tile of them far above everything else."""
     assert_within_budget(inputs(loss, "hot", 40, 40, 100.0, extras=90, dtype=dtype))
@@ -197,7 +200,7 @@ def _embedded(rows: Tensor, around: float) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_around_the_arguments_is_never_used(loss: str, dtype: torch.dtype, features_by: str) -> None:
     """Reads beyond a tensor do not fail in the interpreter: what lies there is poison, and the results are the same bits."""
     x, y = (t.to(dtype) for t in features("gap", 37, 40, extras=31))
@@ -270,7 +273,7 @@ def _results(backend: ModuleType, block: Block) -> list[Tensor]:
     return [*(part[:, 0] + part[:, 1].log2() for part in sums), *(part[:, 2:] for part in sums), *softmax, *sigmoid, totals]
 
 
-@pytest.mark.parametrize("options", ["plain", "ignore", "positive"])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("matched", [(0, 0, 0), (3, 5, 60), (40, 0, 60), (0, 90, 35)])
 def test_blocks_of_which_some_pairs_are_matched(
     matched: tuple[int, int, int], options: str, monkeypatch: pytest.MonkeyPatch
@@ -283,8 +286,8 @@ def test_blocks_of_which_some_pairs_are_matched(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("options", ["plain", "ignore", "positive"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_flop_and_bytes_are_the_formulas(kernel: str, options: str, dtype: torch.dtype, features_by: str) -> None:
     block = _block(100, 150, 48, dtype, options)
     has_options = options != "plain"
