@@ -172,7 +172,9 @@ def test_hue_is_that_of_hsv_rounded(turn):
     pixels = torch.from_numpy(np.concatenate([some, corners, np.tile(np.arange(256, dtype=np.uint8), (3, 1))], axis=1))[:, None]
     found = augmentation._adjust_hue(pixels, turn)
     before = [colorsys.rgb_to_hsv(*colour) for colour in (pixels[:, 0].double() / 255).T.tolist()]
-    exact = 255 * torch.tensor([colorsys.hsv_to_rgb(hue + turn, saturation, value) for hue, saturation, value in before]).T
+    exact = (
+        255 * torch.tensor([colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value) for hue, saturation, value in before]).T
+    )
     assert (found[:, 0] - exact).abs().max() < 0.501
     assert (found.int() - functional.adjust_hue(pixels, turn).int()).abs().max() <= 1
 
