@@ -60,9 +60,8 @@ def evaluate(
 
     target = load_target(against) if against else None
     world = distributed.init(timeout=distributed.PATIENT)
-    if follow and not Path(reference).exists():
-        evaluate_run.wait_for_run(Path(reference))
-    run = evaluate_run.run_of(reference)
+    find_run = evaluate_run.wait_for_run if follow else evaluate_run.run_of
+    run = find_run(reference)
     is_run = run is not None and Path(reference).absolute() == run
     if (every or follow) and not is_run:
         raise ConfigError(f"{reference} is no run: --all and --follow take a run's folder")

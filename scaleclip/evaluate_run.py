@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from scaleclip.checkpoint.folders import damage, identity, newest_whole, saved, step_name
 from scaleclip.checkpoint.state import STATE, read_state
 from scaleclip.config import CacheConfig, EvalConfig, ModelConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.distributed import all_or_none, gather_objects, on_main
-from scaleclip.errors import ConfigError
+from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.evaluate import distinct, occurrences
 from scaleclip.evaluation.results import Figure, write_results
@@ -30,7 +32,10 @@ from scaleclip.status import read_status
 from scaleclip.trained_model import TrainedModel, load_model
 
 POLL_S = 20.0
-_FAILED_S = 600.0  # after which a run that has failed is not started again by its job
+# after which a run that has failed is given up: its job may wait in the queue for that long before it starts again
+_FAILED_S = 3600.0
+# what folders of other models have
+_OF_OTHERS = (STATE, "config.json", "open_clip_config.json")
 log = logging.getLogger("scaleclip")
 OnDone = Callable[[str, int, int], None]
 
@@ -100,6 +105,7 @@ class Session:
                 raise ConfigError(
                     "there is nothing to measure: eval.splits and eval.suite are empty; name a --suite or --split"
                 )
+        self.suite.check_same_everywhere()
         names = [each.name for each in self.suite.evaluations]
         self._names = [
             name if number == 1 else f"{name} ({number})" for name, number in zip(names, occurrences(names), strict=True)
@@ -122,8 +128,13 @@ class Session:
             if model is None:
                 return None
             encoder = Encoder(model.model, model.tokenizer, model.model_config.image.size, self.config.batch)
-            with encoder.evaluating():
-                parts = [self._measure(encoder, number, kept) if part is None else part for number, part in enumerate(found)]
+            try:
+                with encoder.evaluating():
+                    parts = [
+                        self._measure(encoder, number, kept) if part is None else part for number, part in enumerate(found)
+                    ]
+            except torch.OutOfMemoryError as error:
+                raise RunError(f"memory is full at --batch={self.config.batch} (eval.batch): give fewer; {error}") from error
         figures = distinct([figure for part in parts for figure in part])
         means = self.suite.means_of(figures)
         if kept:
@@ -161,18 +172,31 @@ def write_run_results(run: Path, evaluated: Evaluated) -> None:
     write_results(run, evaluated.subject.step, evaluated.figures)
 
 
-def wait_for_run(run: Path, poll_s: float = POLL_S) -> None:
-    """Until a run that was submitted together with this process has begun. Every rank calls."""
-    waits = False
-    while not on_main(lambda: (run / "config.yaml").exists()):
+def wait_for_run(reference: str, poll_s: float = POLL_S) -> Path | None:
+    """The run that was submitted together with this process, when it has begun; None where something else is there. Every rank
+    calls."""
+    path, waits = Path(reference), False
+
+    def look() -> tuple[Path | None, bool]:
+        begins = not path.exists() or (path.is_dir() and not any((path / name).exists() for name in _OF_OTHERS))
+        return _run_of(reference), begins
+
+    while True:
+        run, begins = on_main(look)
+        if run is not None or not begins:
+            return run
         if not waits:
-            log.info(f"{run} has not begun yet: waiting for it")
+            log.info(f"{reference} has not begun yet: waiting for it")
         waits = True
         time.sleep(poll_s)
 
 
 def run_of(reference: str) -> Path | None:
-    """The run that a folder is, or whose checkpoint it is; None for models from elsewhere."""
+    """The run that a folder is, or whose checkpoint it is; None for models from elsewhere. Every rank calls."""
+    return on_main(lambda: _run_of(reference))
+
+
+def _run_of(reference: str) -> Path | None:
     path = Path(reference).absolute()
     if (path / STATE).exists():
         path = path.parent.parent
@@ -192,7 +216,7 @@ def subject_of(reference: str, architecture: ModelConfig | None = None) -> Subje
     path = Path(reference)
     if not path.exists():
         raise ConfigError(f"{reference}: there is no such run, checkpoint or model")
-    if run_of(reference) is not None:
+    if _run_of(reference) is not None:
         return _checkpoint(path if (path / STATE).exists() else newest_whole(path))
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     rows = [f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in files]
@@ -211,17 +235,20 @@ def whole_checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoints_as_they_come(run: Path, poll_s: float = POLL_S) -> Iterator[Path]:
-    """A run's checkpoints, oldest first, each once, until the run is finished or failed for good. Every rank iterates.
+    """A run's checkpoints, oldest first, each once, until the run is finished. Every rank iterates.
 
     One that was written anew, since the run went back to an earlier one, is another.
+
+    Raises:
+        RunError: the run has failed, and was not started again for an hour.
     """
     given: set[str] = set()
 
-    def look() -> tuple[bool, dict[str, Path]]:
+    def look() -> tuple[str, dict[str, Path]]:
         status = read_status(run)  # first: what a run that has ended has saved is there
-        ended = status is not None and (
-            status.state == "finished" or (status.state == "failed" and time.time() - status.updated_s > _FAILED_S)
-        )
+        ended = status.state if status is not None and status.state in ("finished", "failed") else ""
+        if status is not None and ended == "failed" and time.time() - status.updated_s < _FAILED_S:
+            ended = ""
         new = {}
         for path in saved(run):
             with contextlib.suppress(FileNotFoundError):  # by retention, meanwhile
@@ -232,6 +259,11 @@ def checkpoints_as_they_come(run: Path, poll_s: float = POLL_S) -> Iterator[Path
         ended, new = on_main(look)
         given.update(new)
         yield from new.values()
+        if ended == "failed" and not new:
+            raise RunError(
+                f"{run} has failed and was not started again for {_FAILED_S / 60:.0f} minutes: it is not followed any longer; "
+                f"start this command again when it goes on"
+            )
         if ended and not new:
             return
         if not new:

@@ -51,6 +51,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         # those of later stages too: what is missing shows now, not in weeks
         data = _open_data(stages, cache)
         suite = open_evaluations(config.eval, cache)
+    suite.check_same_everywhere()
     _check_same_data(data)
     fingerprints = [each.fingerprint for each in data]
 

@@ -28,6 +28,7 @@ run_command() { # COMMAND [ARGUMENT...]: run this command of scaleclip's on the 
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it over from sbatch
   [ "$1" != train ] || [ "${SCALECLIP_CHECK:-1}" = 0 ] || check_nodes "${@:2}"
   local status=0
+  command=$1
   note_ends
   # shellcheck disable=SC2086 # several options
   srun --kill-on-bad-exit=1 ${SCALECLIP_SRUN:-} "$python" -m scaleclip "$@" || status=$?
@@ -71,8 +72,13 @@ end_job() { # STATUS of srun, which is the highest of the ranks'
     rm "$errors"
   fi
   case $status in
-    # saved on SLURM's warning (128 + USR2); a hang; an error nobody foresaw; killed: ABRT, BUS, KILL, SEGV
-    140 | 75 | 70 | 134 | 135 | 137 | 139) start_again "" ;;
+    # an error nobody foresaw: training itself sees whether it gets on
+    70)
+      [ "${command:-train}" = train ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] || die "$command fails again and again: see above"
+      start_again ""
+      ;;
+    # saved on SLURM's warning (128 + USR2); a hang; killed: ABRT, BUS, KILL, SEGV
+    140 | 75 | 134 | 135 | 137 | 139) start_again "" ;;
     # TERM: of srun to the others when one dies while they start, and of SLURM's when it ends the job
     143) [ "$(squeue --noheader --jobs "$(job_id)" --format %T)" != RUNNING ] || start_again "" ;;
   esac

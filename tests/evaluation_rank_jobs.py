@@ -22,8 +22,8 @@ def measure(folder: Path, captions: str, texts_folder: str, split: str) -> list[
     cache = ShardCache(CacheConfig(folder=str(folder / "cache")))
     captioned, documents = CaptionedImages("captions", captions, "test", cache), texts.TextRetrieval("texts", texts_folder)
     evaluations: list[Evaluation] = [
-        SuiteEvaluation("captions", "", lambda encoder, _: retrieval_of(encoder, captioned)),
-        SuiteEvaluation("texts", "", lambda encoder, _: texts.evaluate_text_retrieval(encoder, documents)),
+        SuiteEvaluation("captions", 11, "", str, lambda encoder, _: retrieval_of(encoder, captioned)),
+        SuiteEvaluation("texts", 7, "", str, lambda encoder, _: texts.evaluate_text_retrieval(encoder, documents)),
         *open_splits([split], cache),
     ]
     return OpenedSuite(evaluations, [], []).evaluate(tiny_encoder(folder, batch=4), folder / "features")

@@ -88,7 +88,7 @@ def test_a_suite_is_measured_kept_and_not_measured_again(trained, suite, here):
     assert "image -> text R@10" in output
     assert " to " in output, "intervals are shown"
     folder = trained / "evaluations" / "step_00000008"
-    assert list(saved(folder)) == ["retrieval-captions.json", "sts-pairs.json"]
+    assert list(saved(folder)) == ["retrieval+captions.json", "sts+pairs.json"]
     again = here(*arguments[1:])
     assert "of 2: " not in again
     assert again.splitlines()[-5:] == output.splitlines()[-5:]

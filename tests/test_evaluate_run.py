@@ -16,7 +16,7 @@ from scaleclip.config import EvalConfig
 from scaleclip.config_io import load_config, to_yaml
 from scaleclip.data.cache import ShardCache
 from scaleclip.distributed import World
-from scaleclip.errors import ConfigError
+from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluate_run import (
     Session,
     below,
@@ -29,7 +29,7 @@ from scaleclip.evaluate_run import (
     wait_for_run,
     whole_checkpoints,
 )  # fmt: skip
-from scaleclip.evaluation.results import Figure
+from scaleclip.evaluation.results import Figure, write_results
 from scaleclip.evaluation.saved import SavedFigures, checkpoint_figures, drop_after, evaluated_steps, read_saved
 from scaleclip.evaluation.suite import OpenedSuite
 from scaleclip.models.dual_encoder import DualEncoder
@@ -80,7 +80,7 @@ def measured(monkeypatch):
                 features.mkdir(parents=True)
             return [Figure(name, "x", weight, 0.0)]
 
-        return SimpleNamespace(name=name, definition="as it is", run=measure)
+        return SimpleNamespace(name=name, num_items=1, place=name, definition="as it is", run=measure)
 
     state.suite = OpenedSuite([evaluation("a"), evaluation("b")], [], [])
     monkeypatch.setattr(evaluate_run, "open_evaluations", lambda *_, **__: state.suite)
@@ -135,7 +135,10 @@ def test_evaluations_of_one_name_have_files_of_their_own(run, measured):
     measured.suite.evaluations[1].name = "a"
     run.save(4)
     figures = session(run).evaluate(subject_of(str(run.folder))).figures
-    assert sorted(path.name for path in (run.folder / "evaluations" / "step_00000004").iterdir()) == ["a-2.json", "a.json"]
+    assert sorted(path.name for path in (run.folder / "evaluations" / "step_00000004").iterdir()) == [
+        "a+%282%29.json",
+        "a.json",
+    ]
     assert len(figures) == 2
 
 
@@ -251,12 +254,15 @@ def test_a_run_that_failed_for_good_is_no_longer_followed(run, monkeypatch):
 
     def sleep(_):
         slept.append(1)
-        write(9_000.0)
+        write(6_000.0)
 
     monkeypatch.setattr(evaluate_run.time, "sleep", sleep)
-    write(9_990.0)  # its job may start it again
+    write(7_000.0)  # its job may start it again
     run.save(4)
-    assert [path.name for path in checkpoints_as_they_come(run.folder)] == ["step_00000004"]
+    paths = checkpoints_as_they_come(run.folder)
+    assert next(paths).name == "step_00000004"
+    with pytest.raises(RunError, match="has failed and was not started again for 60 minutes"):
+        next(paths)
     assert slept == [1]
 
 
@@ -282,15 +288,19 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path, monkeypatch, caplog):
 
     def sleep(seconds):
         slept.append(seconds)
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)  # as `scaleclip launch` does at once
         if len(slept) == 3:
-            (tmp_path / "run").mkdir()
             (tmp_path / "run" / "config.yaml").touch()
 
     monkeypatch.setattr(evaluate_run.time, "sleep", sleep)
     with caplog.at_level("INFO", "scaleclip"):
-        wait_for_run(tmp_path / "run", poll_s=2.0)
+        assert wait_for_run(str(tmp_path / "run"), poll_s=2.0) == tmp_path / "run"
     assert slept == [2.0] * 3
-    assert caplog.text.count("has not begun yet") == 1
+    assert "".join(caplog.messages).count("has not begun yet") == 1
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert wait_for_run(str(tmp_path / "model")) is None
+    assert len(slept) == 3
 
 
 def test_models_of_one_name_have_folders_of_their_own(run, measured, tmp_path):
@@ -306,8 +316,13 @@ def test_models_of_one_name_have_folders_of_their_own(run, measured, tmp_path):
 def test_figures_of_weights_that_a_run_left_behind_are_dropped(tmp_path):
     for step in (4, 8, 12):
         SavedFigures(tmp_path / "evaluations" / f"step_{step:08d}", "a", step).save("food", "", [Figure("food", "x", step, 0)])
+    (tmp_path / "evaluations" / "step_00000006" / "food.features").mkdir(parents=True)
+    write_results(tmp_path, 12, [])
+    drop_after(tmp_path, 12)
+    assert evaluated_steps(tmp_path) == [4, 8, 12], "and not one that is being measured"
     drop_after(tmp_path, 8)
     assert evaluated_steps(tmp_path) == [4, 8]
+    assert not (tmp_path / "results.json").exists()
     assert [figure.value for figure in checkpoint_figures(tmp_path, 8)] == [8]
     assert checkpoint_figures(tmp_path, 8, "other weights") == []
 
@@ -323,3 +338,30 @@ def test_a_mean_holds_while_its_parts_do(tmp_path):
     assert read_saved(tmp_path, "a") == parts
     kept.save_mean("mean x both", mean, ["b", "c"])
     assert read_saved(tmp_path, "a") == [*parts, mean]
+
+
+def test_full_memory_names_the_setting(run, measured):
+    run.save(4)
+    measured.fails = torch.OutOfMemoryError("no more")
+    with pytest.raises(RunError, match=r"memory is full at --batch=\d+ \(eval\.batch\): give fewer; no more"):
+        session(run).evaluate(subject_of(str(run.folder)))
+
+
+def test_what_cannot_be_deleted_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    kept = SavedFigures(tmp_path / "evaluations" / "step_00000012", "a", 12)
+    kept.save("food", "", [Figure("food", "x", 0.5, 0)])
+
+    def fail(path):
+        raise OSError("device busy")
+
+    monkeypatch.setattr("scaleclip.evaluation.saved.shutil.rmtree", fail)
+    drop_after(tmp_path, 8)
+    assert evaluated_steps(tmp_path) == []
+    assert "cannot be deleted: device busy" in "".join(caplog.messages)
+
+
+def test_names_have_files_of_their_own(tmp_path):
+    kept = SavedFigures(tmp_path, "a", 4)
+    names = ["sts a b", "sts a-b", "sts a/b", "sts a_b", "zero-shot \u82b1", "zero-shot \u9ce5", "x (2)", "x+(2)"]
+    assert len({kept.path(name) for name in names}) == len(names)
+    assert {kept.path(name).parent for name in names} == {tmp_path}

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "embed_cli": {"checkpoint", "cli_arguments", "config", "data", "distributed", "embedding", "start_ranks", "trained_model"},
     "written_captions": {"data", "trained_model"},
     "captions_cli": {"cli_arguments", "written_captions"},
-    "report": {"config", "config_io", "data", "evaluation", "metrics", "run_folder", "status", "trained_model"},
+    "report": {"checkpoint", "config", "config_io", "data", "evaluation", "metrics", "run_folder", "status", "trained_model"},
     "train": {
         "checkpoint", "config", "config_io", "config_rules", "data", "distributed", "evaluation", "guard", "losses", "models",
         "run_folder", "runtime", "scaleclip_kernels", "stages", "status", "train_stage",

@@ -137,5 +137,13 @@ def test_an_evaluation_that_slurm_stops_starts_again(run: Run, tmp_path: Path) -
     assert run(line, code=140, SCALECLIP_PYTHON="python")[2] == ["requeue 7"]
 
 
+def test_an_evaluation_that_fails_again_and_again_ends(run: Run, tmp_path: Path) -> None:
+    line = f"home={tmp_path}; run_command eval runs/a --follow"
+    assert run(line, code=70, SCALECLIP_PYTHON="python", SLURM_RESTART_COUNT="2")[2] == ["requeue 7"]
+    code, output, calls = run(line, code=70, SCALECLIP_PYTHON="python", SLURM_RESTART_COUNT="3")
+    assert (code, calls) == (2, ["requeue 7"]), "that of before"
+    assert "eval fails again and again" in output
+
+
 def test_a_check_that_is_preempted_starts_again(run: Run) -> None:
     assert run("check_nodes c", code=140)[2] == ["requeue 7"]

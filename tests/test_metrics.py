@@ -9,6 +9,7 @@ import pytest
 from scaleclip import metrics
 from scaleclip.config import MetricsConfig
 from scaleclip.evaluation.results import Figure, finished_step, read_results, write_results
+from scaleclip.evaluation.saved import SavedFigures, evaluated_steps, evaluations
 from scaleclip.metrics import EvaluationLog, Metrics, Row, read_rows
 from scaleclip.report.console import results_table
 from scaleclip.run_folder import PROGRESS, log_to
@@ -90,7 +91,11 @@ def test_going_back_drops_rows_and_the_run_writes_on(tmp_path):
     metrics = open_metrics(tmp_path)
     for step in range(1, 6):
         metrics.write(make_row(step))
+    for step in (2, 4):
+        kept = SavedFigures(evaluations(tmp_path) / f"step_{step:08d}", "a", step)
+        kept.save("food", "", [Figure("food", "x", 0.5, 0)])
     metrics.rewind(2)
+    assert evaluated_steps(tmp_path) == [2]
     metrics.write(make_row(3)._replace(loss=None))
     metrics.close()
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 5.0), (2, 2.5), (3, None)]

@@ -213,7 +213,10 @@ class _Stems:
 
     def __getitem__(self, number: int) -> Captioned:
         image, text = self._files[number]
-        return Captioned(image.read_bytes(), [" ".join(text.read_text().split())])
+        try:
+            return Captioned(image.read_bytes(), [" ".join(text.read_text(encoding="utf-8").split())])
+        except UnicodeDecodeError as error:
+            raise SampleError("undecodable_text", f"{text} is not UTF-8: {error.reason}") from None
 
     def where(self, number: int) -> str:
         return str(self._files[number][0])
@@ -224,7 +227,7 @@ class _Stems:
 
 class _Tars:
     def __init__(self, name: str, patterns: Sequence[str], cache: ShardCache) -> None:
-        self._shards, self._cache = expand_shards(name, patterns), cache
+        self._shards = expand_shards(name, patterns)
         self._read = TarReader(self._shards, cache)
         try:
             # clip-benchmark's shards have no counts beside them
@@ -246,7 +249,7 @@ class _Tars:
         return f"{self._shards[shard]} sample {ordinal}"
 
     def fingerprint(self) -> str:
-        return digest(shard_stamp(shard, self._cache) for shard in self._shards)
+        return digest(shard_stamp(shard) for shard in self._shards)
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -255,7 +258,7 @@ class _Tars:
 
 class _Rows:
     def __init__(self, path: str, cache: ShardCache) -> None:
-        self._path, self._cache = path, cache
+        self._path = path
         rows = RowReader([path], cache)
         rows.counts(path)  # which says what is wrong with the file
         self._table = rows.open(0)
@@ -269,13 +272,17 @@ class _Rows:
     def __getitem__(self, number: int) -> Captioned:
         image, captions = (self._table.column(name)[number].as_py() for name in ("image", "captions"))
         if isinstance(image, dict):  # as the datasets library stores them
-            image = image["bytes"] or image["path"]
+            image = image.get("bytes") or image.get("path")
+        if not image:
+            raise SampleError("no_image", "its column image is empty")
         data = image if isinstance(image, bytes) else (Path(self._path).parent / image).read_bytes()
-        return Captioned(data, [captions] if isinstance(captions, str) else captions or [])
+        return Captioned(data, [captions] if isinstance(captions, str) else [text for text in captions or [] if text])
 
     def where(self, number: int) -> str:
         return f"{self._path} row {number}"
 
     def fingerprint(self) -> str:
-        # images that it names by path count by their names
-        return digest([shard_stamp(self._path, self._cache)])
+        images = self._table.column("image")
+        beside = images.to_pylist() if str(images.type).endswith("string") else []
+        files = [Path(self._path).parent / name for name in beside if name]
+        return digest([shard_stamp(self._path), *(stamp(file) for file in files if file.exists())])

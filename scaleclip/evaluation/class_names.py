@@ -42,6 +42,10 @@ def prompts_of(dataset: str, data: LabelledImages) -> Prompts:
         ConfigError: the names or templates are nowhere, are not as many as the classes, or stand in another order.
     """
     classes, templates = data.written_classes, data.written_templates
+    stored = data.stored_classes
+    # folders called by numbers say nothing about names
+    if classes is not None and stored is not None and not all(name.isdecimal() for name in stored):
+        _check_order(dataset, "classnames.txt", classes, stored)
     if templates is None:
         templates = tuple(_look_up(dataset, _known().templates, "zeroshot_classification_templates.txt"))
     if classes is None:
@@ -50,7 +54,7 @@ def prompts_of(dataset: str, data: LabelledImages) -> Prompts:
             classes = tuple(name.replace("_", " ") for name in named)
         else:
             classes = tuple(_look_up(dataset, known, "classnames.txt"))
-            _check_order(dataset, classes, named or classes)
+            _check_order(dataset, "clip-benchmark", classes, named or classes)
     return make_prompts(f"data set {data.name}", classes, templates)
 
 
@@ -69,10 +73,10 @@ def make_prompts(key: str, classes: Sequence[str], templates: Sequence[str]) -> 
     return Prompts(tuple(classes), tuple(templates))
 
 
-def _check_order(dataset: str, classes: Sequence[str], named: Sequence[str]) -> None:
+def _check_order(dataset: str, source: str, classes: Sequence[str], named: Sequence[str]) -> None:
     if len(classes) != len(named):
         raise ConfigError(
-            f"data set {dataset}: clip-benchmark names {len(classes)} classes, the images have {len(named)}: write the names "
+            f"data set {dataset}: {source} names {len(classes)} classes, the images have {len(named)}: write the names "
             f"into classnames.txt in the data set's folder, one a line"
         )
     place = {_plain(name): label for label, name in enumerate(classes)}
@@ -81,8 +85,8 @@ def _check_order(dataset: str, classes: Sequence[str], named: Sequence[str]) -> 
         # two classes of ImageNet share their name with another
         if other != label and _plain(classes[label]) != _plain(name):
             raise ConfigError(
-                f"data set {dataset}: class {label} is called {name!r} by the images, and clip-benchmark has that name for "
-                f"class {other}: their orders differ; write yours into classnames.txt in the data set's folder"
+                f"data set {dataset}: class {label} is called {name!r} by the images, and {source} has that name for class "
+                f"{other}: their orders differ; write the images' into classnames.txt in the data set's folder"
             )
 
 

@@ -17,8 +17,16 @@ class Evaluation(Protocol):
         """What it is called among others, for files and people."""
 
     @property
+    def num_items(self) -> int:
+        """Images, or texts, that are measured on: ranks that see another number do not see the same data."""
+
+    @property
+    def place(self) -> str:
+        """Task, options and paths: of two evaluations with the same, one is enough."""
+
+    @property
     def definition(self) -> str:
-        """What decides its figures, but for the model: equal ones need not be measured again."""
+        """What decides its figures, but for the model: equal ones need not be measured again. Every file is looked at."""
 
     def run(self, encoder: Encoder, features: Path | None = None) -> list[Figure]:
         """Its figures. Every rank calls, between `Encoder.evaluating`.

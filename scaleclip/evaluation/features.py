@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scaleclip.distributed import all_or_none, gather_objects
+from scaleclip.distributed import on_main
 from scaleclip.errors import RunError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.labelled import LabelledImages
@@ -87,14 +87,15 @@ def encode_features(encoder: Encoder, data: LabelledImages, kind: Kind, folder: 
 
 
 def _place(encoder: Encoder, data: LabelledImages, kind: Kind, folder: Path) -> Path:
-    """Folder of these features; rank 0's word counts, where file systems disagree on times."""
-    place = folder
-    with all_or_none():
+    """Folder of these features, by rank 0: every rank would look at every file, and file systems may disagree on times."""
+
+    def make() -> Path:
         depends_on = [_VERSION, kind, encoder.size, encoder.image_digest(), data.fingerprint()]
         place = folder / f"{kind}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:24]}"
         place.mkdir(parents=True, exist_ok=True)
-    first: Path = gather_objects(place)[0]
-    return first
+        return place
+
+    return on_main(make)
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 
-from scaleclip.data.cache import ShardCache
 from scaleclip.data.shards import is_remote
 
 
@@ -22,7 +21,6 @@ def stamp(file: str | os.PathLike[str]) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def shard_stamp(shard: str, cache: ShardCache) -> tuple[str, int, int]:
-    """Name and size of a shard, and the time of a local one: a copy that is fetched again has another."""
-    size, time_ns = stamp(cache.path(shard))
-    return os.path.basename(shard), size, 0 if is_remote(shard) else time_ns
+def shard_stamp(shard: str) -> tuple[object, ...]:
+    """Name, size and time of a local shard; the URL of a remote one, which need not be fetched for it."""
+    return (shard,) if is_remote(shard) else (os.path.basename(shard), *stamp(shard))

@@ -15,7 +15,8 @@ class LabelledImages:
     """An opened data set: images by number, each with the number of its class.
 
     `written_classes` and `written_templates` are what classnames.txt and zeroshot_classification_templates.txt say, in the
-    data set's folder or the one above; `class_names` is that, or else what folders or metadata call the classes.
+    data set's folder or the one above; `stored_classes` is what folders or metadata call the classes, in the order of labels;
+    `class_names` the former, or else the latter.
     """
 
     def __init__(self, name: str, path: str, layout: Layout) -> None:
@@ -29,6 +30,7 @@ class LabelledImages:
         self.num_images = layout.num_images
         self.written_classes = _tuple(text_beside(key, path, "classnames.txt"))
         self.written_templates = _tuple(text_beside(key, path, "zeroshot_classification_templates.txt"))
+        self.stored_classes = layout.class_names
         self.class_names = self.written_classes or layout.class_names
         if self.written_classes and layout.class_names and len(self.written_classes) != len(layout.class_names):
             raise ConfigError(

@@ -141,9 +141,7 @@ class TarLayout:
         return f"{self._shards[shard]} sample {ordinal}"
 
     def fingerprint(self) -> str:
-        return digest(
-            (count, *shard_stamp(shard, self._cache)) for shard, count in zip(self._shards, self._counts.tolist(), strict=True)
-        )
+        return digest((count, *shard_stamp(shard)) for shard, count in zip(self._shards, self._counts.tolist(), strict=True))
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
@@ -165,7 +163,7 @@ class ParquetLayout:
         return self._rows.where(number)
 
     def fingerprint(self) -> str:
-        rows = [shard_stamp(file, self._cache) for file in self._files]
+        rows = [shard_stamp(file) for file in self._files]
         return digest([*rows, (self.num_images, *self._rows.columns[:2])])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scaleclip.errors import ConfigError
+from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.features import Features, Kind, encode_features
 from scaleclip.evaluation.labelled import LabelledImages
@@ -60,6 +60,11 @@ def evaluate_linear_probe(
         split.check_labels(found.label_N, num_classes)
     device = encoder.model.logit_scale.device
     learned, chosen_by = _validation_rows(encoded)
+    if not chosen_by.chosen_N.any():
+        raise RunError(
+            f"data set {train.name}: no class has two images to learn from, so that nothing chooses the probe's strength: add "
+            f"images, or name validation images"
+        )
 
     def score(strength: float) -> float:
         outcomes = _classify(fit(learned, num_classes, strength, device), chosen_by, num_classes)
@@ -129,8 +134,9 @@ def _all(features: Features) -> Rows:
 def _check_same_classes(splits: Sequence[LabelledImages]) -> None:
     first = splits[0]
     for other in splits[1:]:
-        if first.class_names and other.class_names and first.class_names != other.class_names:
-            only = set(first.class_names) ^ set(other.class_names)
+        # not what classnames.txt says, which is one file for all splits
+        if first.stored_classes and other.stored_classes and first.stored_classes != other.stored_classes:
+            only = set(first.stored_classes) ^ set(other.stored_classes)
             raise ConfigError(
                 f"data sets {first.name} and {other.name} name their classes differently"
                 f"{f', {min(only)!r} is in one only' if only else ' or in another order'}: their labels would not be the same"

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from scaleclip.files import write_atomic
 
+RESULTS = "results.json"
+
 
 class Figure(NamedTuple):
     """One figure of an evaluation; shares are in 0..1."""
@@ -32,15 +34,15 @@ class Figure(NamedTuple):
 def write_results(folder: Path, step: int, figures: Sequence[Figure]) -> None:
     """Write the figures of the weights after `step` optimizer steps."""
     rows = [figure._asdict() for figure in figures]
-    write_atomic(folder / "results.json", json.dumps({"step": step, "figures": rows}, indent=2))
+    write_atomic(folder / RESULTS, json.dumps({"step": step, "figures": rows}, indent=2))
 
 
 def read_results(folder: Path) -> list[Figure]:
     """The figures in a run's folder."""
-    return [Figure(**row) for row in json.loads((folder / "results.json").read_text())["figures"]]
+    return [Figure(**row) for row in json.loads((folder / RESULTS).read_text())["figures"]]
 
 
 def finished_step(folder: Path) -> int | None:
     """The step that was evaluated; a run is finished when that is its last. None before any evaluation."""
-    path = folder / "results.json"
+    path = folder / RESULTS
     return int(json.loads(path.read_text())["step"]) if path.exists() else None

@@ -21,15 +21,18 @@ def retrieval_figures(
 ) -> list[Figure]:
     """Recall at k of data set `name`, both ways. Every rank calls, with the same features of unit length, and gets all.
 
-    The intervals take queries for independent of each other, which several captions of one image are not quite.
+    What has no match on the other side, such as a text that no image shows, is in the gallery and is no query. The intervals
+    take queries for independent of each other, which several captions of one image are not quite.
     """
     figures = []
     for direction, query, items in (
         ("image -> text", (image_NE, image_concept_N), (text_GE, text_concept_G)),
         ("text -> image", (text_GE, text_concept_G), (image_NE, image_concept_N)),
     ):
-        found_QK = found_at_k(query[0], items[0], query[1], items[1])
-        chance = chance_recall_at_k(query[1], items[1])
+        has_match_Q = torch.isin(query[1], items[1])
+        query_QE, query_concept_Q = query[0][has_match_Q], query[1][has_match_Q]
+        found_QK = found_at_k(query_QE, items[0], query_concept_Q, items[1])
+        chance = chance_recall_at_k(query_concept_Q, items[1])
         for column, k in enumerate(RANKS):
             found_Q = found_QK[:, column]
             low, high = bootstrap_interval(found_Q)

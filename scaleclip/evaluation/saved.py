@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-import re
+import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
-from scaleclip.evaluation.results import Figure, finished_step, read_results
+from scaleclip.evaluation.results import RESULTS, Figure, finished_step, read_results
 from scaleclip.files import write_atomic
 
 # of how figures are made and of the files' form: another one makes what was saved unfindable
 _VERSION = 1
+_log = logging.getLogger("scaleclip")
 
 
 class SavedFigures:
@@ -44,7 +47,7 @@ class SavedFigures:
 
     def path(self, name: str) -> Path:
         """Of an evaluation's file."""
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-')}.json"
+        return self.folder / f"{quote_plus(name)}.json"
 
     def features(self, name: str) -> Path:
         """Folder for what an evaluation has encoded, until its figures are saved."""
@@ -98,14 +101,25 @@ def checkpoint_figures(run: Path, step: int, identity: str | None = None) -> lis
 def evaluated_steps(run: Path) -> list[int]:
     """Steps of a run's checkpoints of which there are figures, in order."""
     of_its_end = finished_step(run)
-    return sorted({*_by_step(run), *([] if of_its_end is None else [of_its_end])})
+    steps = {*_by_step(run), *([] if of_its_end is None else [of_its_end])}
+    return sorted(step for step in steps if checkpoint_figures(run, step))  # a folder may be of one that is being measured
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Delete the figures of a run's later checkpoints: it went back to `step`, and their weights are none of its any more."""
+    """Delete the figures of a run's later checkpoints: it went back to `step`, and their weights are none of its any more.
+
+    What cannot be deleted is a warning: a job may be writing there, and training goes before figures.
+    """
+    if (finished_step(run) or 0) > step:
+        (run / RESULTS).unlink()
     for number, path in _by_step(run).items():
         if number > step:
-            shutil.rmtree(path)
+            doomed = path.with_name(f".{path.name}-left-behind")
+            try:
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                _log.warning(f"{path}, figures of weights that the run left behind, cannot be deleted: {error}")
 
 
 def _by_step(run: Path) -> dict[int, Path]:

@@ -78,8 +78,9 @@ class SplitData:
             raise ConfigError(f"{_KEY}: {path}: images show concepts without a gallery text, such as {min(strange)!r}")
         patterns = [f"{path.with_suffix('')}-*.tar"]
         self.manifest, self._reader = open_shards(f"{_KEY}: {path}", patterns, None, cache)
-        self.definition = f"{described} {digest(shard_stamp(shard, cache) for shard in self.manifest.shards)}"
-        """The description, and which tars there are; see scaleclip.evaluation.evaluate.Evaluation."""
+        self.place = str(path.resolve())
+        """See scaleclip.evaluation.evaluate.Evaluation."""
+        self._described = described
 
     @property
     def name(self) -> str:
@@ -87,9 +88,19 @@ class SplitData:
         return self.split.name
 
     @property
+    def definition(self) -> str:
+        """The description, and which tars there are."""
+        return f"{self._described} {digest(shard_stamp(shard) for shard in self.manifest.shards)}"
+
+    @property
     def num_images(self) -> int:
         """Images of the split."""
         return self.manifest.num_samples
+
+    @property
+    def num_items(self) -> int:
+        """Images of the split."""
+        return self.num_images
 
     def images(self, start: int, stop: int, size: int) -> tuple[list[str], Tensor]:
         """Keys and uint8 [B, 3, size, size] pixels of images `start` to `stop`, centre-cropped, in shard order.

@@ -4,6 +4,7 @@ Everything is opened before anything is measured, so that what is missing shows 
 """
 
 import glob
+import itertools
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from scaleclip.config import EvalConfig
 from scaleclip.data.cache import ShardCache
-from scaleclip.distributed import on_main
+from scaleclip.distributed import gather_objects, on_main
 from scaleclip.errors import ConfigError
 from scaleclip.evaluation.captioned import CaptionedImages, evaluate_retrieval
 from scaleclip.evaluation.encoder import Encoder
@@ -33,8 +34,16 @@ class SuiteEvaluation:
     """A task on a data set; see scaleclip.evaluation.evaluate.Evaluation."""
 
     name: str
-    definition: str
+    num_items: int
+    place: str
+    fingerprint: Callable[[], str]
+    """Of what is measured on."""
     measure: Measure
+
+    @property
+    def definition(self) -> str:
+        """What decides its figures, but for the model."""
+        return f"{self.place} {self.fingerprint()}"
 
     def run(self, encoder: Encoder, features: Path | None = None) -> list[Figure]:
         """Its figures."""
@@ -42,9 +51,9 @@ class SuiteEvaluation:
 
 
 class _Opened(NamedTuple):
+    num_items: int
+    fingerprint: Callable[[], str]
     measure: Measure
-    data: str
-    """Digest of what is measured on."""
 
 
 class Mean(NamedTuple):
@@ -75,6 +84,18 @@ class OpenedSuite(NamedTuple):
     evaluations: list[Evaluation]
     means: list[Mean]
     missing: list[Missing]
+
+    def check_same_everywhere(self) -> None:
+        """Raises ConfigError where ranks have opened other data than rank 0. Every rank calls."""
+        everyone = gather_objects([(each.name, each.num_items) for each in self.evaluations])
+        for rank, theirs in enumerate(everyone):
+            for ours, other in itertools.zip_longest(everyone[0], theirs):
+                if ours != other:
+                    here, there = (f"{each[0]} with {each[1]:,} items" if each else "nothing" for each in (ours, other))
+                    raise ConfigError(
+                        f"ranks see other data of evaluations: rank 0 {here}, rank {rank} {there}: have the same data on every "
+                        f"node, or on a disk that all see"
+                    )
 
     def evaluate(self, encoder: Encoder, features: Path) -> list[Figure]:
         """Every figure. The model is left in the mode it was in. All ranks call; each encodes its part.
@@ -115,7 +136,10 @@ def open_evaluations(config: EvalConfig, cache: ShardCache, *, skip_missing: boo
     suite = OpenedSuite([], [], [])
     if config.suite:
         suite = open_suite(load_suite(config.suite), config.data, cache, skip_missing=skip_missing)
-    return suite._replace(evaluations=[*splits, *suite.evaluations])
+    first: dict[str, Evaluation] = {}
+    for each in (*splits, *suite.evaluations):
+        first.setdefault(each.place, each)
+    return suite._replace(evaluations=list(first.values()))
 
 
 def open_suite(suite: Suite, root: str, cache: ShardCache, *, skip_missing: bool = False) -> OpenedSuite:
@@ -156,15 +180,16 @@ def open_suite(suite: Suite, root: str, cache: ShardCache, *, skip_missing: bool
 def _open(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> list[Evaluation]:
     if task.task == "splits":
         return list(open_splits(placed, cache))
-    measure, data = _OPEN[task.task](task, name, dataset, placed, cache)
+    opened = _OPEN[task.task](task, name, dataset, placed, cache)
     options = task.model_dump_json(exclude={"datasets", "mean"})
     where = [path if "://" in path else os.path.abspath(path) for path in placed]
-    definition = f"{name} {options} {dataset.model_dump_json()} {where} {data}"
-    return [SuiteEvaluation(_name(task, name), definition, measure)]
+    place = f"{name} {options} {dataset.model_dump_json()} {where}"
+    return [SuiteEvaluation(_name(task, name), opened.num_items, place, opened.fingerprint, opened.measure)]
 
 
 def _name(task: TaskConfig, dataset: str) -> str:
-    return f"{task.task} {dataset}"
+    kind = f"few-shot {task.ways}-way {task.shots}-shot" if isinstance(task, FewShotConfig) else task.task
+    return f"{kind} {dataset}"
 
 
 def _zero_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
@@ -178,7 +203,7 @@ def _zero_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequ
     def measure(encoder: Encoder, features: Path | None) -> list[Figure]:
         return evaluate_zero_shot(encoder, data, prompts, mean_per_class=dataset.mean_per_class)
 
-    return _Opened(measure, f"{data.fingerprint()} {prompts}")
+    return _Opened(data.num_images, lambda: f"{data.fingerprint()} {prompts}", measure)
 
 
 def _few_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
@@ -192,34 +217,39 @@ def _few_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Seque
     def measure(encoder: Encoder, features: Path | None) -> list[Figure]:
         return evaluate_few_shot(encoder, data, features=features, **options)
 
-    return _Opened(measure, data.fingerprint())
+    return _Opened(data.num_images, data.fingerprint, measure)
 
 
 def _linear_probe(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     from scaleclip.evaluation.labelled import open_labelled
     from scaleclip.evaluation.linear_probe import evaluate_linear_probe
 
-    test, train = (open_labelled(name, path, cache) for path in placed)
+    test, train, *more = splits = [open_labelled(name, path, cache) for path in placed]
+    validation = more[0] if more else None
 
     def measure(encoder: Encoder, features: Path | None) -> list[Figure]:
-        return evaluate_linear_probe(encoder, train, test, mean_per_class=dataset.mean_per_class, features=features)
+        return evaluate_linear_probe(
+            encoder, train, test, mean_per_class=dataset.mean_per_class, features=features, validation=validation
+        )
 
-    return _Opened(measure, f"{train.fingerprint()} {test.fingerprint()}")
+    num_images = sum(split.num_images for split in splits)
+    return _Opened(num_images, lambda: " ".join(split.fingerprint() for split in splits), measure)
 
 
 def _retrieval(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     data = CaptionedImages(name, placed[0], dataset.split, cache)
-    return _Opened(lambda encoder, _: evaluate_retrieval(encoder, data), data.fingerprint())
+    return _Opened(data.num_images, data.fingerprint, lambda encoder, _: evaluate_retrieval(encoder, data))
 
 
 def _sts(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     pairs = TextPairs(name, placed[0])
-    return _Opened(lambda encoder, _: evaluate_pairs(encoder, pairs), pairs.fingerprint())
+    return _Opened(len(pairs.firsts), pairs.fingerprint, lambda encoder, _: evaluate_pairs(encoder, pairs))
 
 
 def _text_retrieval(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
     data = TextRetrieval(name, placed[0])
-    return _Opened(lambda encoder, _: evaluate_text_retrieval(encoder, data), data.fingerprint())
+    num_texts = len(data.queries) + len(data.documents)
+    return _Opened(num_texts, data.fingerprint, lambda encoder, _: evaluate_text_retrieval(encoder, data))
 
 
 _OPEN: dict[str, Callable[[TaskConfig, str, DatasetConfig, Sequence[str], ShardCache], _Opened]] = {
@@ -234,7 +264,8 @@ _OPEN: dict[str, Callable[[TaskConfig, str, DatasetConfig, Sequence[str], ShardC
 
 def _placed(dataset: DatasetConfig, root: str, task: TaskConfig) -> list[str]:
     """Where a task's parts of a data set lie."""
-    parts = [dataset.test, *([dataset.train] if task.task == "linear-probe" and dataset.train else [])]
+    of_probes = (dataset.train, dataset.validation) if task.task == "linear-probe" else ()
+    parts = [dataset.test, *(part for part in of_probes if part)]
     # splits come with the package, or lie where one says
     return [
         resolve_path(part) if ":" in part or task.task == "splits" else os.path.join(resolve_path(root), part) for part in parts

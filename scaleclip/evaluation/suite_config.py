@@ -30,12 +30,15 @@ _LABELLED_LAYOUT = "a folder of images for each class, tars with KEY.jpg and KEY
 
 
 class DatasetConfig(Section):
-    """A data set. Paths lie below the root that `--data` or `eval.data` names, unless they are absolute or URLs."""
+    """A data set. Paths lie below the root that `--data` or `eval.data` names, unless they are absolute or URLs; what is not
+    classified lies on a disk, but for tars of captions that a URL names."""
 
     test: str
     """What is measured on."""
     train: str | None = None
     """What a linear probe learns from."""
+    validation: str | None = None
+    """What chooses a linear probe's strength; none: every fifth image of each class of `train`."""
     prompts: str | None = None
     """The data set whose class names and templates clip-benchmark has; none: its own name."""
     mean_per_class: bool = False

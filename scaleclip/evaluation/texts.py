@@ -35,10 +35,13 @@ class TextPairs:
         self.name = name
         rows = read_table(Path(path))
         try:
-            self.firsts, self.seconds = ([str(row[key]) for row in rows] for key in ("text1", "text2"))
+            self.firsts, self.seconds = ([row[key] for row in rows] for key in ("text1", "text2"))
             self.score_P = torch.tensor([float(row["score"]) for row in rows], dtype=torch.float64)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{name}: {path} is not {PAIRS_LAYOUT}: {type(error).__name__}: {error}") from None
+        for number, row in enumerate(zip(self.firsts, self.seconds, self.score_P.tolist(), strict=True)):
+            if not (isinstance(row[0], str) and isinstance(row[1], str) and math.isfinite(row[2])):
+                raise ConfigError(f"{name}: {path}, row {number}: {row} is not two texts and a score: mend it or leave it out")
         if len(set(self.score_P.tolist())) < 2:
             raise ConfigError(f"{name}: {path} has no two pairs of different scores, so that nothing correlates")
 
@@ -97,7 +100,8 @@ def evaluate_text_retrieval(encoder: Encoder, data: TextRetrieval) -> list[Figur
         similarity = query_QE[start:stop] @ document_DE.T
         return [_measure(row_D, data.relevances[start + place]) for place, row_D in enumerate(similarity)]
 
-    measured = torch.tensor([each for part in encode_over_ranks(len(data.queries), _BLOCK, measure) for each in part])
+    parts = encode_over_ranks(len(data.queries), _BLOCK, measure)
+    measured = torch.tensor([each for part in parts for each in part], dtype=torch.float64)
     num_documents = len(data.documents)
     gain = sum(_discount(rank) for rank in range(min(_NDCG_AT, num_documents))) / num_documents
     chances = [gain * sum(of.values()) / _ideal(of) for of in data.relevances]
@@ -108,7 +112,7 @@ def evaluate_text_retrieval(encoder: Encoder, data: TextRetrieval) -> list[Figur
             (f"text retrieval recall@{_RECALL_AT}", min(1.0, _RECALL_AT / num_documents)),
         )
     ):
-        values_Q = measured[:, column].double()
+        values_Q = measured[:, column]
         low, high = bootstrap_interval(values_Q)
         figures.append(Figure(data.name, metric, float(values_Q.mean()), chance, low=low, high=high))
     return figures
@@ -158,10 +162,13 @@ def _table(name: str, folder: Path, files: Sequence[str]) -> Path:
 
 def _texts(name: str, path: Path) -> dict[str, str]:
     """By id; a title goes before its text, as in BEIR."""
-    rows = read_table(path)
-    return {
-        str(_cell(name, row, ("id", "_id"))): f"{row.get('title') or ''} {_cell(name, row, ('text',))}".strip() for row in rows
-    }
+    found: dict[str, str] = {}
+    for row in read_table(path):
+        key = str(_cell(name, row, ("id", "_id")))
+        if key in found:
+            raise ConfigError(f"{name}: {path} has two rows of id {key!r}: give each its own")
+        found[key] = f"{row.get('title') or ''} {_cell(name, row, ('text',))}".strip()
+    return found
 
 
 def _cell(name: str, row: Mapping[str, Any], keys: Sequence[str]) -> Any:

@@ -153,9 +153,14 @@ def _with_terms(loss: _Panel, samples: Floats, rows: Rows, terms: Sequence[str])
     values = {term: np.array([_number(row["terms"].get(term)) for row in rows]) for term in terms}
 
     def draw(axes: Axes) -> None:
+        limits = []
         for number, term in enumerate(terms):
             _plot(axes, samples, values[term], COLOURS[1 + number % (len(COLOURS) - 1)], label=term, smooth=True)
+            limits.append(axes.get_ylim())
         _plot(axes, samples, _column(rows, "loss"), COLOURS[0], label="loss, weighted", smooth=True)
+        # each curve sets the axis to itself
+        lows, highs = zip(*limits, axes.get_ylim(), strict=True)
+        axes.set_ylim(min(lows), max(highs))
 
     said = "; ".join(_said(term, samples, values[term]) for term in terms)
     return loss._replace(title="loss and its terms", alt=f"{loss.alt}; {said}", draw=draw)

@@ -19,7 +19,7 @@ from scaleclip.config_io import to_yaml
 from scaleclip.data.cache import ShardCache
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
-from scaleclip.evaluation.saved import checkpoint_figures, evaluated_steps
+from scaleclip.evaluation.saved import evaluated_steps
 from scaleclip.evaluation.splits import open_splits
 from scaleclip.evaluation.targets import Target, compare
 from scaleclip.files import write_atomic
@@ -28,7 +28,15 @@ from scaleclip.report.curves import Marks, Measured, draw_curves
 from scaleclip.report.drawings import draw_sheet, shorten
 from scaleclip.report.picture import Picture
 from scaleclip.report.sheets import Sheet, make_sheet
-from scaleclip.report.tables import Evaluated, evaluation_history, history_table, read_bad_steps, read_faults, result_groups
+from scaleclip.report.tables import (
+    Evaluated,
+    evaluation_history,
+    figures_of,
+    history_table,
+    read_bad_steps,
+    read_faults,
+    result_groups,
+)
 from scaleclip.run_folder import read_config, read_starts
 from scaleclip.status import Status, read_status
 from scaleclip.trained_model import load_model
@@ -59,7 +67,7 @@ def write_report(run: Path, *, seed: int = 0, with_sheets: bool = True, target: 
     pictures = [*curves, *(picture for drawn in drawings for picture in drawn)]
     _write_pictures(run / PICTURES, pictures)
     evaluated = evaluated_steps(run)
-    figures = checkpoint_figures(run, evaluated[-1]) if evaluated else []
+    figures = figures_of(run, evaluated[-1]) if evaluated else []
     page = _template().render(
         run=run.resolve(),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaleclip.checkpoint.folders import checkpoints, identity, step_name
 from scaleclip.data.tally import QUARANTINE, read_quarantine
 from scaleclip.evaluation.results import Figure
 from scaleclip.evaluation.saved import checkpoint_figures, evaluated_steps
@@ -21,6 +22,15 @@ def result_groups(figures: Sequence[Figure], target: Target | None) -> list[tupl
     return [(split, [each for _, each in rows]) for split, rows in groupby(compared, key=lambda pair: pair[0])]
 
 
+def figures_of(run: Path, step: int) -> list[Figure]:
+    """Every figure of a run's checkpoint: of the one that is there, or else of what was measured last."""
+    try:
+        weights = identity(checkpoints(run) / step_name(step))
+    except FileNotFoundError:
+        weights = None
+    return checkpoint_figures(run, step, weights)
+
+
 class Evaluated(NamedTuple):
     """What was measured of a step's weights."""
 
@@ -33,7 +43,7 @@ def evaluation_history(run: Path) -> list[Evaluated]:
     """Every step that was evaluated, oldest first: while the run trained, and after."""
     found = dict(read_evaluations(run))
     for step in evaluated_steps(run):
-        found[step] = [*found.get(step, ()), *checkpoint_figures(run, step)]
+        found[step] = [*found.get(step, ()), *figures_of(run, step)]
     return [Evaluated(step, {(figure.split, figure.metric): figure.value for figure in found[step]}) for step in sorted(found)]
 
 

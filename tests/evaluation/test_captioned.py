@@ -207,3 +207,36 @@ def test_a_tiny_model_gives_every_figure(tmp_path, cache):
         figures = evaluate_retrieval(encoder, data)
     assert [re.sub(r" R@\d+", "", figure.metric) for figure in figures] == ["image -> text"] * 3 + ["text -> image"] * 3
     assert {figure.split for figure in figures} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": None, "captions": ["a"]}, r"mine\.parquet row 1 cannot be used: no_image"),
+        ({"image": {"bytes": None, "path": None}, "captions": ["a"]}, "row 1 cannot be used: no_image"),
+        ({"image": {"bytes": encode_image(0, "JPEG"), "path": None}, "captions": [None]}, "row 1 has no captions"),
+        ({"image": {"bytes": encode_image(0, "JPEG"), "path": None}, "captions": None}, "row 1 has no captions"),
+    ],
+)
+def test_a_row_without_something_is_named(row, message, tmp_path, cache):
+    whole = {"image": {"bytes": encode_image(0, "JPEG"), "path": None}, "captions": ["a", None, "b"]}
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"image": pa.array([whole["image"], row["image"]], kind), "captions": [whole["captions"], row["captions"]]}
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
+    data = CaptionedImages("mine", str(tmp_path / "mine.parquet"), "test", cache)
+    assert data.read(0, 1, 32)[1] == [["a", "b"]]
+    with pytest.raises(RunError, match=message):
+        data.read(0, 2, 32)
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path, cache):
+    (urban(tmp_path / "u") / "caption" / "2.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match=r"2\.jpg cannot be used: undecodable_text: .*2\.txt is not UTF-8"):
+        CaptionedImages("mine", str(tmp_path / "u"), "test", cache).read(0, 4, 32)
+
+
+def test_images_that_a_table_names_count(tmp_path, cache):
+    path = rows(tmp_path / "mine.jsonl", as_path=True)
+    before = CaptionedImages("mine", str(path), "test", cache).fingerprint()
+    (tmp_path / "2.jpg").write_bytes(encode_image(9, "JPEG"))
+    assert CaptionedImages("mine", str(path), "test", cache).fingerprint() != before

@@ -125,3 +125,14 @@ def test_folder_names_become_words(tmp_path: Path, cache: ShardCache) -> None:
     folder = write_folder(tmp_path / "set", images, labels)
     (folder / "0").rename(folder / "traffic_light")
     assert prompts_of("cifar10", open_labelled("mine", str(folder), cache)).classes[-1] == "traffic light"
+
+
+def test_written_names_in_another_order_than_the_folders_are_refused(tmp_path: Path, cache: ShardCache) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "classnames.txt").write_text("beagle\nAbyssinian\n")
+    (tmp_path / "set" / "zeroshot_classification_templates.txt").write_text("a {}\n")
+    data = folder_of(tmp_path / "set", ["Abyssinian", "beagle"], cache)
+    with pytest.raises(ConfigError, match=r"class 0 is called 'Abyssinian' by the images, and classnames\.txt has"):
+        prompts_of("set", data)
+    (tmp_path / "set" / "classnames.txt").write_text("Abyssinian cat\nbeagle\n")
+    assert prompts_of("set", open_labelled("set", str(tmp_path / "set"), cache)).classes == ("Abyssinian cat", "beagle")

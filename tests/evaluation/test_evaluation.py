@@ -107,3 +107,15 @@ def test_faults_of_a_split_are_errors(split, cache):
     split.write_text(json.dumps(tree | {"galery": []}))
     with pytest.raises(ConfigError, match="cannot be read as a split"):
         open_splits([str(split)], cache)
+
+
+def test_a_text_that_no_image_shows_is_no_query():
+    """It is in the gallery, and cannot be found."""
+    images = texts = torch.eye(6)[:3]
+    distractor = torch.eye(6)[3:4]
+    number, further = torch.arange(3), torch.arange(4)
+    alone = retrieval.retrieval_figures("held", images, texts, number, number)
+    beside = retrieval.retrieval_figures("held", images, torch.cat([texts, distractor]), number, further)
+    assert [figure.value for figure in beside] == [figure.value for figure in alone] == [1.0] * 6
+    assert beside[0].chance == pytest.approx(1 / 4)
+    assert beside[3].chance == pytest.approx(1 / 3)

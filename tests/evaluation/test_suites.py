@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import yaml
 
+from classified import PROMPTS, digits, tiny_encoder, write_folder
 from helpers import encode_image, write_tar
 from scaleclip.config import EvalConfig
 from scaleclip.errors import ConfigError
@@ -51,7 +52,7 @@ def classified(monkeypatch):
         return measure
 
     def open_labelled(name, path, cache):
-        return SimpleNamespace(name=name, path=path, fingerprint=lambda: f"digest of {path}")
+        return SimpleNamespace(name=name, path=path, num_images=7, fingerprint=lambda: f"digest of {path}")
 
     module("labelled", open_labelled=open_labelled)
     module("class_names", prompts_of=lambda dataset, data: (f"prompts of {dataset}", data.name))
@@ -218,7 +219,7 @@ def test_tasks_are_called_with_their_options_and_averaged(tmp_path, cache, class
     assert calls["5-way 5-shot", "dtd"] == (f"{tmp_path}/dtd/test", (), options)
     train, [test], options = calls["linear probe", "pets"]
     assert (train, test.path) == (f"{tmp_path}/pets/train", f"{tmp_path}/pets/test")
-    assert options == {"mean_per_class": True, "features": features}
+    assert options == {"mean_per_class": True, "features": features, "validation": None}
     of = {(figure.split, figure.metric): (mean.parts, figure) for mean, figure in opened.means_of(figures)}
     means = {key: figure for key, (_, figure) in of.items()}
     assert set(means) == {("laclip-15", "mean zero-shot"), ("two", "mean 5-way 5-shot"), ("two", "mean linear-probe")}
@@ -306,3 +307,54 @@ def test_figures_of_one_name_stay_apart():
     figures = [Figure("a", "x", 0.1, 0), Figure("a", "y", 0.2, 0), Figure("a", "x", 0.3, 0), Figure("a", "x", 0.4, 0)]
     assert [(f.split, f.metric) for f in distinct(figures)] == [("a", "x"), ("a", "y"), ("a (2)", "x"), ("a (3)", "x")]
     assert occurrences("abab") == [1, 1, 2, 2]
+
+
+def test_one_evaluation_is_enough(tmp_path, cache, classified):
+    """Two ways to name the same; another option is another."""
+    (tmp_path / "pets" / "test").mkdir(parents=True)
+    few = {"task": "few-shot", "datasets": "pets"}
+    path = write(tmp_path / "my.yaml", suites={"a": [few, few | {"mean": "x"}, few | {"shots": 1}, "demo"]})
+    split = "package:scaleclip/data/demo/eval/unseen_family.json"
+    opened = open_evaluations(EvalConfig(splits=(split,), suite=path, data=str(tmp_path)), cache)
+    names = [each.name for each in opened.evaluations]
+    few_shot = ["few-shot 5-way 5-shot pets", "few-shot 5-way 1-shot pets"]
+    assert names == ["unseen_family", *few_shot, "unseen_clipart", "unseen_concept", "unseen_vendor"]
+    assert [mean.parts for mean in opened.means] == [few_shot[:1]]
+
+
+def test_ranks_that_see_other_data_are_an_error(tmp_path, cache, classified, monkeypatch):
+    for name in ("pets", "dtd"):
+        (tmp_path / name / "test").mkdir(parents=True)
+    path = write(tmp_path / "my.yaml", suites={"a": [{"task": "few-shot", "datasets": ["pets", "dtd"]}]})
+    opened = open_evaluations(EvalConfig(suite=path, data=str(tmp_path)), cache)
+    opened.check_same_everywhere()
+    for others, said in (
+        (lambda mine: [(mine[0][0], 8), mine[1]], "rank 0 few-shot 5-way 5-shot pets with 7 items, rank 1 .* with 8 items"),
+        (lambda mine: mine[:1], "rank 0 few-shot 5-way 5-shot dtd with 7 items, rank 1 nothing"),
+    ):
+        monkeypatch.setattr("scaleclip.evaluation.suite.gather_objects", lambda mine, others=others: [mine, others(mine)])
+        with pytest.raises(ConfigError, match=f"ranks see other data of evaluations: {said}"):
+            opened.check_same_everywhere()
+
+
+def test_classification_from_yaml_to_figures(tmp_path, cache, tiny_config_path):
+    """With the real readers and tasks, on digits."""
+    images, labels = digits(400)
+    write_folder(tmp_path / "digits" / "train", images[:250], labels[:250])
+    write_folder(tmp_path / "digits" / "test", images[250:], labels[250:])
+    (tmp_path / "digits" / "classnames.txt").write_text("\n".join(PROMPTS.classes))
+    (tmp_path / "digits" / "zeroshot_classification_templates.txt").write_text("\n".join(PROMPTS.templates))
+    kinds = [{"task": "zero-shot"}, {"task": "few-shot", "shots": 1, "queries": 5, "episodes": 9}, {"task": "linear-probe"}]
+    path = write(
+        tmp_path / "my.yaml",
+        datasets={"digits": {"test": "digits/test", "train": "digits/train", "validation": "digits/test"}},
+        suites={"a": [kind | {"datasets": "digits", "mean": "one"} for kind in kinds]},
+    )
+    opened = open_evaluations(EvalConfig(suite=path, data=str(tmp_path)), cache)
+    figures = {(each.split, each.metric): each for each in opened.evaluate(tiny_encoder(tiny_config_path), tmp_path / "kept")}
+    metrics = ["zero-shot top-1", "zero-shot top-5", "5-way 1-shot", "linear probe"]
+    means = ["mean zero-shot", "mean 5-way 1-shot", "mean linear-probe"]
+    assert list(figures) == [("digits", metric) for metric in metrics] + [("one", metric) for metric in means]
+    assert figures["one", "mean 5-way 1-shot"].value == figures["digits", "5-way 1-shot"].value
+    assert figures["digits", "linear probe"].value > 0.3
+    assert not (tmp_path / "kept").exists()

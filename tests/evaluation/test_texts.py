@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,3 +207,32 @@ def test_mteb_takes_the_adapter(tmp_path):
     model = MtebEncoder(tiny_encoder(tmp_path), "me/tiny", "step_1")
     assert isinstance(model, protocols.EncoderProtocol)
     assert model.mteb_model_meta.name == "me/tiny"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text1": None, "text2": "b", "score": 1},
+        {"text1": "a", "text2": 3, "score": 1},
+        {"text1": "a", "text2": "b", "score": "nan"},
+    ],
+)
+def test_a_pair_that_is_none_is_named(row, tmp_path):
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl, row 3: .* is not two texts and a score"):
+        TextPairs("sts", str(write(tmp_path / "pairs.jsonl", [*PAIRS, row])))
+
+
+def test_two_documents_of_one_id_are_refused(tmp_path):
+    write(tmp_path / "queries.jsonl", [{"id": "q", "text": "a"}])
+    write(tmp_path / "documents.jsonl", [{"id": "d", "text": "a"}, {"id": "d", "text": "b"}])
+    write(tmp_path / "relevances.jsonl", [{"query": "q", "document": "d", "relevance": 1}])
+    with pytest.raises(ConfigError, match="two rows of id 'd'"):
+        TextRetrieval("texts", str(tmp_path))
+
+
+def test_nothing_follows_where_all_is_the_same_or_no_number():
+    ones, scores = torch.ones(5), torch.arange(5.0)
+    assert spearman(ones, scores) == 0.0
+    pairs = SimpleNamespace(name="sts", firsts=["a", "b", "c"], seconds=["b", "c", "a"], score_P=torch.arange(3.0))
+    [figure] = evaluate_pairs(Known({key: [math.nan, 0.0] for key in "abc"}), pairs)
+    assert figure.value == 0.0

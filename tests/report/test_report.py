@@ -90,7 +90,7 @@ def test_what_is_missing_is_said(tmp_path, rows):
     run = make_run(tmp_path / "run", rows)
     text = text_of(write_report(run))
     assert "the run has no eval.splits" in text
-    assert "no results.json yet" in text
+    assert "No checkpoint was measured yet" in text
     assert ("no row of metrics yet" in text) == (not rows)
     assert ("loss not finite" in text) == (len(rows) == 3)
 
