@@ -296,8 +296,8 @@ def test_a_small_run_measures_prints_records_and_draws(tmp_path: Path, capsys: p
     assert bench_data.main(arguments) == 0
     rows = records.read(tmp_path / "data.csv")
     assert {(row.task, row.pipeline) for row in rows} == {
-        ("reader", OURS), ("reader", WEBDATASET), ("stages", OURS), ("stages", OPEN_CLIP), ("whole", OURS), ("whole", OPEN_CLIP),
-        ("views", OURS),
+        ("reader", OURS), ("reader", WEBDATASET), ("stages", OURS), ("stages", OPEN_CLIP), ("views", OURS), ("whole", OURS),
+        ("whole", OPEN_CLIP),
     }  # fmt: skip
     assert all(row.command.startswith("python tools/bench_data.py --size 96") for row in rows)
     assert all(row.cpu_us_min <= row.cpu_us_p50 <= row.cpu_us_max for row in rows)
