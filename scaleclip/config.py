@@ -186,6 +186,9 @@ class ImageTowerConfig(Section):
     """Values of the tower's transformers configuration (hidden_size, num_hidden_layers, ...)."""
     pooling: Literal["pooler", "mean", "cls"] = "pooler"
     """From the tower's outputs to one vector: its own pooler, the mean of the patch states or the class token's state."""
+    projection: bool = True
+    """A learned matrix from that vector to the shared space. Without one (SigLIP, arXiv:2303.15343) the vector itself is the
+    feature, and its width has to be `model.embed_dim`."""
     positions: Literal["learned", "sincos"] = "learned"
     """Position embeddings of `clip_vision_model` and `siglip_vision_model`: learned, or fixed sines and cosines of the patch's
     column and row (MoCo v3, arXiv:2104.02057)."""
@@ -264,7 +267,8 @@ class ModelConfig(Section):
     pretrained: str | None = None
     """Trained dual encoder that both towers, their projections and the logit scale start from: a run's folder, a checkpoint, a
     folder of transformers (CLIPModel, SiglipModel) or open_clip, or a file of open_clip's or OpenAI's weights. Its tables of
-    positions are resized to `image.size` and `text.context_length`; the rest has to agree with this section."""
+    positions are resized to `image.size` and `text.context_length`; an `image.projection` that it does without starts as one
+    that changes nothing; the rest has to agree with this section."""
     activation_checkpointing: bool = False
     """Recompute a tower's activations in the backward pass instead of storing them."""
 

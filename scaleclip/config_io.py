@@ -72,6 +72,8 @@ STAGE_MODEL_KEYS = (
     "activation_checkpointing",
 )
 _QUICK_GELU = "-quickgelu"
+# of `model`: what every configuration that was written out has, and no preset and no file by hand has all of
+_RESOLVED = ("embed_dim", "image.type", "image.patch_dropout", "image.config", "text.type", "text.config", "init_logit_scale")
 _STAGE_SECTIONS = tuple(name for name in StageConfig.model_fields if name in RunConfig.model_fields)
 # of a stage: mappings in which null leaves an entry of the run's out
 _NAMED_SOURCES = (("data", "sources"), ("data", "text_pairs", "sources"))
@@ -92,15 +94,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         is_preset = key == "model" and isinstance(value, str)
         override(tree, ["model", "preset"] if is_preset else key.split("."), value, key)
     _check_reaches_a_stage(tree, [key for key, _ in parsed])
-    model = tree.get("model")
-    if isinstance(model, Mapping) and model.get("preset") is not None:
-        tree["model"] = deep_update(_preset(str(model["preset"])), model)
     return parse_config(tree)
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
-    """A nested mapping as a checked configuration; raises ConfigError with every fault on a line of its own."""
-    config = parse_section(RunConfig, tree)
+    """A nested mapping as a checked configuration, its `model` laid over the preset that it names.
+
+    What `to_yaml` wrote names a preset too, and stays as it is: a run goes on with its own values, whatever a preset has by
+    then.
+
+    Raises:
+        ConfigError: an unknown preset, or a fault of any key; every one on a line of its own.
+    """
+    config = parse_section(RunConfig, _with_preset(tree))
     faults = []
     for number in range(len(config.stages)):
         try:
@@ -262,6 +268,14 @@ def _preset(name: str) -> dict[str, Any]:
     if name not in presets:
         raise ConfigError(f"model.preset={name!r} is unknown{_hint(name, presets)}; presets: {', '.join(presets)}")
     return dict(presets[name])
+
+
+def _with_preset(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = tree.get("model")
+    model = {"preset": model} if isinstance(model, str) else model
+    if not isinstance(model, Mapping) or model.get("preset") is None or all(has(model, key.split(".")) for key in _RESOLVED):
+        return tree
+    return {**tree, "model": deep_update(_preset(str(model["preset"])), model)}
 
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def evaluate(
         raise ConfigError("--follow takes every checkpoint: leave out --all")
     if not follow and not Path(reference).exists():
         raise ConfigError(f"{reference}: there is no such run, checkpoint or model")
+    if out and out.resolve().is_relative_to(Path(reference).resolve()):
+        raise ConfigError(f"--out={out} lies in {reference}, whose files say which model it is: name another folder")
     start_ranks(ranks)
     from rich.console import Console
 

@@ -5,7 +5,6 @@ definition is not measured again: an evaluation that was killed goes on with the
 """
 
 import contextlib
-import hashlib
 import logging
 import shutil
 import time
@@ -24,9 +23,11 @@ from scaleclip.distributed import all_or_none, gather_objects, on_main
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.evaluate import distinct, occurrences
+from scaleclip.evaluation.fingerprint import digest, stamp
 from scaleclip.evaluation.results import Figure, write_results
 from scaleclip.evaluation.saved import SavedFigures, evaluations
 from scaleclip.evaluation.suite import open_evaluations
+from scaleclip.exchange.source import files_of
 from scaleclip.run_folder import read_config
 from scaleclip.status import read_status
 from scaleclip.trained_model import TrainedModel, load_model
@@ -218,11 +219,7 @@ def subject_of(reference: str, architecture: ModelConfig | None = None) -> Subje
         raise ConfigError(f"{reference}: there is no such run, checkpoint or model")
     if _run_of(reference) is not None:
         return _checkpoint(path if (path / STATE).exists() else newest_whole(path))
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    rows = [f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in files]
-    if architecture is not None:
-        rows.append(architecture.model_dump_json())
-    of_all = hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    of_all = digest([*((str(each), *stamp(each)) for each in files_of(reference)), (architecture,)])
     return Subject(path.absolute().name, reference, of_all, None, architecture)
 
 

@@ -2,11 +2,13 @@
 
 import importlib.resources
 import os
+import shutil
 from pathlib import Path
 
 from scaleclip.errors import ConfigError
 
 PACKAGE_SCHEME = "package:"
+_REPLACED = ".partial-replaced-"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -20,6 +22,53 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Bring a file or a folder's entries down to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def publish_folder(written: Path, path: Path) -> None:
+    """Give a folder that is whole its final name, in place of what has it, down to the disk.
+
+    No system call swaps two folders everywhere, so the old one lies beside for a moment: it comes back where the new one cannot
+    be renamed, and by `restore_folder` where a crash fell into that moment.
+
+    Args:
+        written: beside `path`, with all its files.
+        path: the final name.
+
+    Raises:
+        OSError: it cannot be written or renamed; at `path` is what was there before.
+    """
+    for each in [*written.rglob("*"), written]:
+        flush(each)
+    old = _replaced(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    try:
+        os.rename(written, path)
+    except BaseException:  # a signal too
+        restore_folder(path)
+        raise
+    flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(path: Path) -> None:
+    """Bring back the folder that `publish_folder` was replacing when it was cut short; without effect where `path` is there."""
+    if not path.exists() and _replaced(path).exists():
+        os.rename(_replaced(path), path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f"{_REPLACED}{path.name}")
 
 
 def resolve_path(path: str) -> str:

@@ -68,6 +68,28 @@ def test_a_preset_lies_below_the_rest_of_its_section(write):
     assert load_config(path, ["model=ViT-B/16"]).model.image.config["patch_size"] == 16
 
 
+def test_a_preset_holds_wherever_a_configuration_is_parsed(write):
+    config = parse_config({"model": {"preset": "ViT-B/32", "image": {"size": 96}}})
+    assert config == load_config(write("a.yaml", "model: {preset: ViT-B/32, image: {size: 96}}"))
+    assert config.model.image.config["patch_size"] == 32
+    assert parse_config({"model": "ViT-B/16"}).model.image.config["patch_size"] == 16
+    with pytest.raises(ConfigError, match=r"model\.preset='ViT-B/33' is unknown; did you mean"):
+        parse_config({"model": {"preset": "ViT-B/33"}})
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_configuration_that_was_written_out_has_its_own_values(name):
+    """Whatever becomes of the preset that it names."""
+    tree = parse_config({"model": {"preset": name}}).model_dump(mode="json")
+    tree["model"]["image"]["config"] = tree["model"]["text"]["config"] = {}
+    assert parse_config(tree).model_dump(mode="json") == tree
+    # of a run that was started before there was a choice
+    del tree["model"]["image"]["projection"]
+    assert parse_config(tree).model.image.projection
+    tree["model"]["preset"] = "gone"
+    assert parse_config(tree).model.embed_dim == tree["model"]["embed_dim"]
+
+
 def test_numbers_without_a_dot_are_numbers(write):
     assert load_config(write("a.yaml", "optim: {lr: 5e-4, eps: 1E-8}")).optim.lr == 5e-4
 

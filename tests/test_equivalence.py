@@ -18,6 +18,7 @@ from scaleclip.equivalence.verify import Verdict, Verifier
 from scaleclip.equivalence_cli import verify_equivalence
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.local_ranks import run_ranks
+from scaleclip.models.dual_encoder import DualEncoder
 
 DROPOUT = ("model.image.config.attention_dropout=0.3", "model.text.config.attention_dropout=0.3")
 PATCH_DROPOUT = ("model.image.patch_dropout=0.5",)
@@ -224,6 +225,13 @@ def test_shrinking_keeps_what_decides_how_a_step_is_computed(tiny_config_path):
     assert small.model.text.config["eos_token_id"] < small.model.text.config["vocab_size"]
     assert "model.image.config.hidden_size: 1024 -> 32" in changes
     assert "train.precision: bf16 -> fp32" in changes
+
+
+@pytest.mark.parametrize("name", ["SigLIP-B/16", "SigLIP-SO400M/14"])
+def test_shrinking_keeps_a_tower_without_a_projection(tiny_config_path, name):
+    small = shrink(load_config(tiny_config_path, [f"model={name}", "model.text.context_length=16"])).config.model
+    assert (small.image.projection, small.embed_dim, small.image.config["hidden_size"]) == (False, 32, 32)
+    assert DualEncoder(small).image.width == 32
 
 
 def test_towers_of_other_kinds(shrunk):

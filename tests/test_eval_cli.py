@@ -127,11 +127,12 @@ def test_a_fault_is_said_once_and_without_a_traceback(trained):
         (("--suite", "imagenet"), "imagenet1k: data/imagenet1k/test: a folder of images for each class"),
         (("--against", "laclip-cc12-b16"), "did you mean 'laclip-cc12m-b16' or"),
         (("--all", "--follow"), "--follow takes every checkpoint: leave out --all"),
+        (("--out", "RUN/figures"), "lies in "),
         (("--split", "/nowhere/*.json"), "nothing matches '/nowhere/*.json'"),
     ],
 )
 def test_faults_of_options_are_errors(trained, arguments, message, here):
-    output = here(trained, *arguments)
+    output = here(trained, *(each.replace("RUN", str(trained)) for each in arguments))
     assert output.startswith("ConfigError: ")
     assert message in output
 

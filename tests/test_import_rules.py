@@ -44,10 +44,12 @@ MAY_IMPORT = {
         "config", "config_io", "data", "distributed", "engine", "local_ranks", "losses", "models", "optim", "scaleclip_kernels",
         "step",
     },
-    "exchange": {"checkpoint", "config", "data", "evaluation", "models", "run_folder", "stages"},
+    "exchange": {"checkpoint", "config", "config_io", "data", "evaluation", "models", "run_folder", "stages"},
     "exchange_cli": {"cli_arguments", "config_io", "exchange"},
     "trained_model": {"config", "data", "exchange", "models"},
-    "evaluate_run": {"checkpoint", "config", "data", "distributed", "evaluation", "run_folder", "status", "trained_model"},
+    "evaluate_run": {
+        "checkpoint", "config", "data", "distributed", "evaluation", "exchange", "run_folder", "status", "trained_model",
+    },
     "start_ranks": set(),
     "eval_cli": {
         "cli_arguments", "config_io", "data", "distributed", "evaluate_run", "evaluation", "metrics", "report", "run_folder",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scaleclip.checkpoint.state import STATE
 from scaleclip.errors import ConfigError
-from scaleclip.files import write_atomic
+from scaleclip.files import flush, write_atomic
 
 CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial-"
@@ -154,12 +154,3 @@ def parse_checksums(content: bytes) -> dict[str, str]:
     if not isinstance(digests, dict) or STATE not in digests or any(Path(name).name != name for name in digests):
         raise ValueError(f"{CHECKSUMS} is none")
     return {name: str(digest) for name, digest in digests.items()}
-
-
-def flush(path: Path) -> None:
-    """Bring a file or a folder's entries down to the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

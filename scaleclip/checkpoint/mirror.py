@@ -19,9 +19,10 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from scaleclip.checkpoint.background import begin
-from scaleclip.checkpoint.folders import CHECKSUMS, first_fault, flush, parse_checksums, partial, publish
+from scaleclip.checkpoint.folders import CHECKSUMS, first_fault, parse_checksums, partial, publish
 from scaleclip.checkpoint.state import STATE, differing
 from scaleclip.errors import ConfigError
+from scaleclip.files import flush
 
 T = TypeVar("T")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHIPPED = ("clip", "demo")
+"""Names of the vocabularies that need no folder."""
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+"""Patterns of the files that transformers reads of a tokenizer's folder."""
 START, END = "<start_of_text>", "<end_of_text>"
 WORD_END = "</w>"
 # English contractions, letters, single digits, the rest; what lies between words is dropped

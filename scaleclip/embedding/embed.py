@@ -66,7 +66,7 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
             "tokenizer": embedder.tokenizer.name, "text": wanted.text,
             "image": list(wanted.members) if wanted.images else None,
         }  # fmt: skip
-        folder = FeatureFolder(out, wanted.columns, model.image_projection.out_features, dtype, identity)
+        folder = FeatureFolder(out, wanted.columns, model.embed_dim, dtype, identity)
         if world.is_main:
             folder.begin(embedder.name)
             there = folder.finished()

@@ -55,10 +55,11 @@ def shrink(config: RunConfig) -> Shrunk:
     fresh = model.without_pretrained()
     with torch.device("meta"):
         whole = DualEncoder(fresh)
-        towers = {
-            "image": _smaller(fresh.image, whole.image.body.config, _shrink_image, build_image_tower),
-            "text": _smaller(fresh.text, whole.text.body.config, _shrink_text, build_text_tower),
-        }
+        image = _smaller(fresh.image, whole.image.body.config, _shrink_image, build_image_tower)
+        text = _smaller(fresh.text, whole.text.body.config, _shrink_text, build_text_tower)
+        embed_dim = min(model.embed_dim, _MOST_EMBED_DIM)
+        if not image.projection:
+            embed_dim = build_image_tower(image, False).width
     projector, decoder = model.projector, model.caption_decoder
     heads = {
         "projector": projector
@@ -68,7 +69,7 @@ def shrink(config: RunConfig) -> Shrunk:
     zero = dict(train.deepspeed.get("zero_optimization", {}))
     small = config.model_copy(
         update={
-            "model": fresh.model_copy(update=towers | heads | {"embed_dim": min(model.embed_dim, _MOST_EMBED_DIM)}),
+            "model": fresh.model_copy(update={"image": image, "text": text, "embed_dim": embed_dim} | heads),
             "loss": loss.model_copy(update={"compute_dtype": "fp32", "fp32_precision": "ieee", "backend": "panels"}),
             "train": train.model_copy(
                 update={

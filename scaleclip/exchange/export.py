@@ -4,8 +4,6 @@ Weights go from the source to the folder one tensor at a time: whatever the mode
 """
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +16,11 @@ from scaleclip.errors import ConfigError
 from scaleclip.exchange import open_clip_config
 from scaleclip.exchange.card import model_card
 from scaleclip.exchange.open_clip_names import HF_TYPES, name_rules
-from scaleclip.exchange.rules import to_theirs
+from scaleclip.exchange.rules import projecting, to_theirs
 from scaleclip.exchange.source import EXPORT, Source
 from scaleclip.exchange.transformers_folder import TEXT, as_folder, fitting_kind, write_processor
 from scaleclip.exchange.weights import Weights, write_safetensors
+from scaleclip.files import publish_folder, restore_folder
 
 Format = Literal["transformers", "open_clip"]
 _PARTIAL = ".partial-"
@@ -44,7 +43,7 @@ class Export(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Of all weights."""
-        return sum(4 * math.prod(shape) for weights in self.files.values() for shape in weights.shapes.values())
+        return sum(weights.num_bytes() for weights in self.files.values())
 
 
 def prepare(source: Source, to: Format) -> Export:
@@ -59,7 +58,7 @@ def prepare(source: Source, to: Format) -> Export:
     try:
         cfg = open_clip_config.model_cfg(source.config, source.model)
     except ConfigError as error:
-        kind = fitting_kind(source.config, source.model, source.weights)
+        kind = fitting_kind(source.config, source.model)
         raise ConfigError(f"--to open_clip: {error}; --to transformers fits, as {kind}") from None
     rules = name_rules(source.config, source.model)
     text = source.config.text
@@ -75,7 +74,7 @@ def prepare(source: Source, to: Format) -> Export:
         "resize_mode": "shortest",
     }
     configs = {TEXT: source.model.text.body.config} if text.type in HF_TYPES else {}
-    files = {open_clip_config.WEIGHTS: to_theirs(rules, source.weights)}
+    files = {open_clip_config.WEIGHTS: to_theirs(rules, projecting(source.weights, source.config, source.model))}
     config = source.config
     if "max_position_embeddings" in text.config and not configs:  # open_clip has as many as tokens
         values = {**text.config, "max_position_embeddings": text.context_length}
@@ -84,7 +83,11 @@ def prepare(source: Source, to: Format) -> Export:
 
 
 def check_target(out: Path, *, force: bool) -> None:
-    """Raise ConfigError if a folder is in the way: only an earlier export is replaced, and only by force."""
+    """Raise ConfigError if a folder is in the way: only an earlier export is replaced, and only by force.
+
+    One that a crash took away while it was being replaced is brought back first.
+    """
+    restore_folder(out)
     if not out.exists() or (force and (out / EXPORT).is_file()):
         return
     way = "add --force to replace it" if (out / EXPORT).is_file() else "it is no export, so nothing replaces it"
@@ -92,7 +95,8 @@ def check_target(out: Path, *, force: bool) -> None:
 
 
 def write(export: Export, source: Source, out: Path, done: Callable[[int], object] = lambda size: None) -> None:
-    """Write the folder under another name, and rename it when it is whole. `done` is told bytes of weights as they are written.
+    """Write the folder under another name, and rename it when it is whole and on the disk; an earlier one stays until then, and
+    if anything fails. `done` is told bytes of weights as they are written.
 
     Raises:
         ConfigError: it cannot be written.
@@ -103,14 +107,7 @@ def write(export: Export, source: Source, out: Path, done: Callable[[int], objec
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_files(export, source, partial, out, done)
-        if out.exists():
-            old = out.with_name(f"{_PARTIAL}replaced-{out.name}")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(out, old)
-            os.rename(partial, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, out)
+        publish_folder(partial, out)
     except OSError as error:
         raise ConfigError(f"--out={out} cannot be written: {error.strerror or error}") from error
     finally:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scaleclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from scaleclip.errors import ConfigError
+from scaleclip.exchange.rules import projecting
 from scaleclip.exchange.source import Source, open_source
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.positions import is_fixed, resize_positions
@@ -21,7 +22,8 @@ _POSITIONS = "image.body.vision_model.embeddings.position_embedding.weight"
 def start_from(model: DualEncoder, config: ModelConfig) -> None:
     """Give a dual encoder the weights of `model.pretrained`, in place: towers, projections, logit scale and bias.
 
-    Tables of positions are resized. The projector, the caption decoder and a bias that the other model lacks stay as they are.
+    Tables of positions are resized. Where the other model has no projection of images, this one's starts as a matrix that
+    changes nothing. The projector, the caption decoder and a bias that the other model lacks stay as they are.
 
     Args:
         model: built from `config`, with values.
@@ -43,16 +45,17 @@ def fill(model: DualEncoder, source: Source, config: ModelConfig) -> None:
     Raises:
         ConfigError: a weight is missing or has a shape that no resizing of positions explains.
     """
+    weights = projecting(source.weights, source.config, source.model)
     for name, target in model.state_dict().items():
-        if name not in source.weights.shapes:
+        if name not in weights.shapes:
             if name.startswith(_HEADS) or name == "logit_bias":
                 continue
             raise ConfigError(f"{source.reference} has no {name}: it holds another architecture")
-        value: Tensor | None = source.weights.read(name)
+        value: Tensor | None = weights.read(name)
         assert value is not None
         if value.shape != target.shape and (value := resize_positions(name, value, target.shape)) is None:
             raise ConfigError(
-                f"{source.reference} has {name} with shape {list(source.weights.shapes[name])}, this model with "
+                f"{source.reference} has {name} with shape {list(weights.shapes[name])}, this model with "
                 f"{list(target.shape)}: it holds another architecture"
             )
         if name == _POSITIONS and config.image.positions == "sincos" and not is_fixed(value, target):
@@ -65,6 +68,8 @@ def _differing(model: DualEncoder, ours: ModelConfig, source: Source) -> Iterato
     theirs = source.config
     if ours.embed_dim != theirs.embed_dim:
         yield setting("model.embed_dim", theirs.embed_dim)
+    if theirs.image.projection and not ours.image.projection:
+        yield setting("model.image.projection", True)
     towers = (("image", ours.image, theirs.image, model.image), ("text", ours.text, theirs.text, model.text))
     for key, tower, other, built in towers:
         if tower.type != other.type:

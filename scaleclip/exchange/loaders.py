@@ -42,7 +42,7 @@ processor, tokenizer = CLIPImageProcessor.from_pretrained(folder), AutoTokenizer
 def encode_images(images):  # of PIL
     outputs = image(pixel_values=processor(images, return_tensors="pt").pixel_values)
     pooled = {pooled_image}
-    return normalize(pooled @ projection["image_projection.weight"].T, dim=-1)
+    return normalize({projected_image}, dim=-1)
 
 
 @torch.no_grad()
@@ -106,6 +106,7 @@ def loader(kind: str, source: Source) -> str:
         text_folder=TEXT,
         projection=PROJECTION,
         pooled_image=_image_pooling(source, states),
+        projected_image='pooled @ projection["image_projection.weight"].T' if source.config.image.projection else "pooled",
         pooled_text=text_poolings[text.pooling],
         arguments=arguments,
     )

@@ -11,11 +11,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from scaleclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from scaleclip.config_io import parse_section
 from scaleclip.errors import ConfigError
 from scaleclip.exchange.open_clip_names import HF_TYPES, text_prefix
 from scaleclip.exchange.weights import Weights
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.models.timm_towers import TIMM, default_pool, default_size
+from scaleclip.models.timm_towers import TIMM, default_pool, default_size, unknown_architecture
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # LayerNorm's own, which open_clip takes where it is told nothing
@@ -27,6 +28,12 @@ _ACTIVATIONS: dict[str, tuple[bool, dict[str, str]]] = {
     "quick_gelu": (True, {}),
     "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
 }
+# whose shapes tell the sizes of a CLIP with ViT, with their numbers of dimensions
+_TELLING = {
+    "visual.proj": 2, "visual.conv1.weight": 4, "visual.positional_embedding": 2,
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": 2, "{text}ln_final.weight": 1, "{text}positional_embedding": 2,
+    "{text}token_embedding.weight": 2, "{text}transformer.resblocks.0.mlp.c_fc.weight": 2,
+}  # fmt: skip
 _HF_POOLERS = {"pooler": "cls_pooler", "mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 # what only training or a tokenizer reads
 _VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "act_kwargs", "norm_kwargs"}
@@ -69,7 +76,7 @@ def model_config(cfg: Mapping[str, Any], preprocess: Mapping[str, Any], referenc
     Args:
         cfg: `model_cfg`.
         preprocess: `preprocess_cfg`, for mean and standard deviation.
-        reference: names the model in messages.
+        reference: names the model, or the file that describes it, in messages.
 
     Raises:
         ConfigError: no tower here does; the message names what it is.
@@ -85,18 +92,30 @@ def model_config(cfg: Mapping[str, Any], preprocess: Mapping[str, Any], referenc
         "text": _text_section(text, quick, reference),
         "init_logit_bias": cfg.get("init_logit_bias"),
     }
-    return ModelConfig.model_validate(tree)
+    return checked_model(tree, reference)
 
 
-def guessed_cfg(weights: Weights, quick_gelu: bool) -> dict[str, Any]:
+def guessed_cfg(weights: Weights, quick_gelu: bool, reference: str) -> dict[str, Any]:
     """`model_cfg` by the shapes of a CLIP with ViT alone; what they do not say is guessed: 64 channels a head.
 
     Args:
         weights: under open_clip's names, which are OpenAI's.
         quick_gelu: OpenAI's models have it.
+        reference: names the weights in messages.
+
+    Raises:
+        ConfigError: they are no such CLIP's.
     """
     shapes = weights.shapes
     prefix = text_prefix(shapes)
+    for name, dimensions in _TELLING.items():
+        name = name.format(text=prefix)
+        if len(shapes.get(name, ())) != dimensions:
+            has = f"has {name} with shape {list(shapes[name])}" if name in shapes else f"lacks {name}"
+            raise ConfigError(
+                f"{reference} does not say what it is, and its shapes are no CLIP's with ViT: it {has}; put open_clip's "
+                f"{CONFIG} beside it"
+            )
     width, _, _, patch_size = shapes["visual.conv1.weight"]
     text_width = shapes[f"{prefix}ln_final.weight"][0]
     grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
@@ -127,6 +146,18 @@ def guessed_cfg(weights: Weights, quick_gelu: bool) -> dict[str, Any]:
     return cfg | ({"init_logit_bias": 0.0} if "logit_bias" in shapes else {})
 
 
+def checked_model(tree: Mapping[str, Any], reference: str) -> ModelConfig:
+    """A model's section from what another library says, which `reference` names in messages.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+    try:
+        return parse_section(ModelConfig, tree, "model.")
+    except ConfigError as error:
+        raise ConfigError(f"{reference} describes a model that cannot be:\n{error}") from None
+
+
 def tower_values(values: PretrainedConfig) -> dict[str, Any]:
     """A transformers configuration as `model.*.config` gives it."""
     names = inspect.signature(CONFIG_MAPPING[values.model_type].__init__).parameters.keys() - {"self", "kwargs"}
@@ -143,12 +174,14 @@ def _vision_cfg(tower: ImageTowerConfig, values: PretrainedConfig) -> tuple[dict
             "image_size": tower.size,
             "timm_model_name": values.architecture,
             "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
+            "timm_pool": "" if tower.projection else default_pool(values.architecture),
+            "timm_proj": "linear" if tower.projection else "none",
         }, None
     if tower.type != "clip_vision_model":
-        has = "its image towers have a class token" if tower.type == "siglip_vision_model" else "it has no such tower"
-        raise _misfit(f"model.image.type={tower.type}: {has}")
+        has = "it has no such tower"
+        if tower.type == "siglip_vision_model":
+            has = f"with pooling={tower.pooling} it has no class token, and open_clip's image towers do, which patches see"
+        raise _misfit(f"model.image.type={tower.type}: {has}; of ours it has clip_vision_model and {TIMM}")
     quick, act = _activation("image", values.hidden_act)
     cfg = {
         "image_size": tower.size,
@@ -211,6 +244,8 @@ def _image_section(cfg: Mapping[str, Any], quick: bool, reference: str) -> dict[
     if "timm_model_name" in cfg:
         _check_keys(cfg, _TIMM_KEYS, "vision_cfg", reference)
         architecture, pool = cfg["timm_model_name"], cfg.get("timm_pool", "avg")
+        if fault := unknown_architecture(architecture):
+            raise ConfigError(f"{reference} has vision_cfg.timm_model_name={fault}")
         projection = cfg.get("timm_proj", "linear")
         # told another way, open_clip pools behind the norm, and timm in front of it; "" and "none" leave the tokens as they are
         pools = {"linear": ("", default_pool(architecture)), "none": (default_pool(architecture),)}
@@ -219,13 +254,18 @@ def _image_section(cfg: Mapping[str, Any], quick: bool, reference: str) -> dict[
                 f"{reference} has vision_cfg.timm_pool={pool} and timm_proj={projection}: here {architecture} pools as timm "
                 f"does by itself ({default_pool(architecture)}), and one matrix without a bias projects (linear), or none"
             )
-        return {"type": TIMM, "size": size, "config": {"architecture": architecture}}
+        projects = projection == "linear"
+        return {"type": TIMM, "size": size, "projection": projects, "config": {"architecture": architecture}}
     if not isinstance(cfg.get("layers", 12), int):
         raise ConfigError(f"{reference} has CLIP's ResNet as its image tower, whose batch norm no tower here has: use a ViT")
     _check_keys(cfg, _VISION_KEYS, "vision_cfg", reference)
-    width = cfg.get("width", 768)
-    values = _layer_values(cfg, width, quick) | {"patch_size": cfg.get("patch_size", 16)}
-    return {"size": size, "config": values | {"num_attention_heads": width // cfg.get("head_width", _HEAD_WIDTH)}}
+    width, head_width, patch_size = cfg.get("width", 768), cfg.get("head_width", _HEAD_WIDTH), cfg.get("patch_size", 16)
+    if width % head_width:
+        raise ConfigError(f"{reference} has vision_cfg.width={width}, no multiple of head_width={head_width}: mend one")
+    if size < patch_size:
+        raise ConfigError(f"{reference} has vision_cfg.image_size={size}, below patch_size={patch_size}: mend one")
+    values = _layer_values(cfg, width, quick, "vision_cfg", reference) | {"patch_size": patch_size}
+    return {"size": size, "config": values | {"num_attention_heads": width // head_width}}
 
 
 def _text_section(cfg: Mapping[str, Any], quick: bool, reference: str) -> dict[str, Any]:
@@ -233,8 +273,11 @@ def _text_section(cfg: Mapping[str, Any], quick: bool, reference: str) -> dict[s
     if "hf_model_name" in cfg:
         return _hf_section(cfg, reference) | {"context_length": length}
     _check_keys(cfg, _TEXT_KEYS, "text_cfg", reference)
-    values = _layer_values(cfg, width, quick)
-    values |= {"num_attention_heads": cfg.get("heads", 8), "max_position_embeddings": length}
+    heads = cfg.get("heads", 8)
+    if width % heads:
+        raise ConfigError(f"{reference} has text_cfg.width={width}, no multiple of heads={heads}: mend one")
+    values = _layer_values(cfg, width, quick, "text_cfg", reference)
+    values |= {"num_attention_heads": heads, "max_position_embeddings": length}
     size = cfg.get("vocab_size", 49408)
     pooling, causal, bias = cfg.get("pool_type", "argmax"), not cfg.get("no_causal_mask"), bool(cfg.get("proj_bias"))
     end_id = cfg.get("eos_id", 2) if pooling == "eos" else size - 1
@@ -265,14 +308,22 @@ def _hf_section(cfg: Mapping[str, Any], reference: str) -> dict[str, Any]:
             f"{reference} names text_cfg.hf_model_name={cfg['hf_model_name']}, and that is no folder of transformers here: "
             f"download its config.json and set hf_model_name to its folder ({error})"
         ) from error
+    if values.model_type not in HF_TYPES:
+        raise ConfigError(
+            f"{reference} names text_cfg.hf_model_name={cfg['hf_model_name']}, a {values.model_type}: of open_clip's text "
+            f"towers from transformers {', '.join(HF_TYPES)} are here"
+        )
     return {"type": values.model_type, "pooling": poolers[pooler], "config": tower_values(values)}
 
 
-def _layer_values(cfg: Mapping[str, Any], width: int, quick: bool) -> dict[str, Any]:
+def _layer_values(cfg: Mapping[str, Any], width: int, quick: bool, section: str, reference: str) -> dict[str, Any]:
     arguments = dict(cfg.get("act_kwargs") or {})
     acts = [name for name, (is_quick, others) in _ACTIVATIONS.items() if is_quick == quick and others == arguments]
     if not acts:
-        raise ConfigError(f"open_clip's act_kwargs={arguments} with quick_gelu={quick} is no activation that is known here")
+        raise ConfigError(
+            f"{reference} has {section}.act_kwargs={arguments} with quick_gelu={quick}: that is no activation that is known "
+            f"here; these are {', '.join(_ACTIVATIONS)}"
+        )
     return {
         "hidden_size": width,
         "num_hidden_layers": cfg.get("layers", 12),
@@ -287,7 +338,7 @@ def _check_keys(cfg: Mapping[str, Any], known: Collection[str], section: str, re
     others = {key: value for key, value in cfg.items() if key not in known and value and value != defaults.get(key)}
     if others:
         found = ", ".join(f"{section}.{key}={value}" for key, value in others.items())
-        raise ConfigError(f"{reference} has {found}: no tower here computes that")
+        raise ConfigError(f"{reference} has {found}: no tower here computes that: models without it can be read")
 
 
 def _misfit(reason: str) -> ConfigError:

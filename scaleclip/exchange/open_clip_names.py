@@ -33,7 +33,7 @@ def name_rules(config: ModelConfig, model: DualEncoder, theirs: Collection[str] 
 def constants(config: ModelConfig, model: DualEncoder, theirs: Collection[str]) -> dict[str, torch.Tensor]:
     """Parameters of a dual encoder that a checkpoint of open_clip does without: maps that change nothing."""
     found = {}
-    if config.image.type == TIMM and "visual.head.proj.weight" not in theirs:
+    if config.image.type == TIMM and config.image.projection and "visual.head.proj.weight" not in theirs:
         found["image_projection.weight"] = torch.eye(config.embed_dim, model.image.width)
     if config.text.type == "siglip_text_model" and f"{text_prefix(theirs)}text_projection.bias" not in theirs:
         found["text.body.text_model.head.weight"] = torch.eye(model.text.width)
@@ -64,7 +64,7 @@ def _image_rules(tower: ImageTowerConfig, model: DualEncoder, theirs: Collection
     if tower.type == TIMM:
         names = [name for name in model.state_dict() if name.startswith("image.body.timm_model.")]
         yield from (same(name, name.replace("image.body.timm_model.", "visual.trunk.")) for name in names)
-        if not theirs or "visual.head.proj.weight" in theirs:
+        if tower.projection if not theirs else "visual.head.proj.weight" in theirs:
             yield same("image_projection.weight", "visual.head.proj.weight")
         return
     ours = "image.body.vision_model"

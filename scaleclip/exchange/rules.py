@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scaleclip.config import ModelConfig
 from scaleclip.errors import ConfigError
 from scaleclip.exchange.weights import Weights
+from scaleclip.models.dual_encoder import DualEncoder
 
 NUM_NAMED = 3
 # buffers, which older versions of transformers stored, and constants of OpenAI's archives
@@ -83,11 +85,7 @@ def to_theirs(rules: Sequence[Rule], ours: Weights) -> Weights:
         rule = by_name[name]
         return rule.there(*(ours.read(each) for each in rule.ours))
 
-    shapes = {
-        name: tuple(rule.there(*(torch.empty(ours.shapes[each], device="meta") for each in rule.ours)).shape)
-        for name, rule in by_name.items()
-    }
-    return Weights(shapes, read)
+    return _described({name: rule.there(*(_empty(ours, each) for each in rule.ours)) for name, rule in by_name.items()}, read)
 
 
 def to_ours(rules: Sequence[Rule], theirs: Weights, reference: str) -> Weights:
@@ -107,17 +105,30 @@ def to_ours(rules: Sequence[Rule], theirs: Weights, reference: str) -> Weights:
     if found:
         raise ConfigError(f"{reference} holds another architecture: it {', and '.join(found)}")
     where: dict[str, tuple[Rule, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    described: dict[str, Tensor] = {}
     for rule in rules:
-        parts = rule.back(torch.empty(theirs.shapes[rule.theirs], device="meta"))
+        parts = rule.back(_empty(theirs, rule.theirs))
         for number, (name, part) in enumerate(zip(rule.ours, parts, strict=True)):
-            where[name], shapes[name] = (rule, number), tuple(part.shape)
+            where[name], described[name] = (rule, number), part
 
     def read(name: str) -> Tensor:
         rule, number = where[name]
         return rule.back(theirs.read(rule.theirs))[number]
 
-    return Weights(shapes, read)
+    return _described(described, read)
+
+
+def projecting(ours: Weights, config: ModelConfig, model: DualEncoder) -> Weights:
+    """A model's tensors for what always projects images: with a matrix that changes nothing where the model has none.
+
+    Args:
+        ours: its tensors.
+        config: the dual encoder's.
+        model: built from it, with or without values.
+    """
+    if config.image.projection:
+        return ours
+    return ours.with_constants({"image_projection.weight": torch.eye(config.embed_dim, model.image.width)})
 
 
 def prefixed(names: Sequence[str], prefixes: Mapping[str, str]) -> list[Rule]:
@@ -133,6 +144,19 @@ def prefixed(names: Sequence[str], prefixes: Mapping[str, str]) -> list[Rule]:
 def named(names: Sequence[str]) -> str:
     """The first few of them."""
     return ", ".join(names[:NUM_NAMED]) + f" and {len(names) - NUM_NAMED} more" * (len(names) > NUM_NAMED)
+
+
+def _empty(weights: Weights, name: str) -> Tensor:
+    return torch.empty(weights.shapes[name], dtype=weights.dtype(name), device="meta")
+
+
+def _described(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> Weights:
+    """Weights with the shapes and types of `tensors`, which have no values."""
+    return Weights(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        read,
+        {name: tensor.dtype for name, tensor in tensors.items() if not tensor.is_floating_point()},
+    )
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -2,11 +2,14 @@
 
 What a class cannot compute decides which fits:
 CLIPModel has CLIP's towers. SiglipModel projects texts, by SigLIP's own head, and not images. VisionTextDualEncoderModel
-projects the pooler's output of both towers, and feeds text towers like BERT only. Two towers hold everything.
+projects the pooler's output of both towers, and feeds text towers like BERT only. Two towers hold everything. A class that
+projects images is given a matrix that changes nothing for a model that does not.
 """
 
+import functools
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,14 +22,15 @@ from transformers import (
     CLIPProcessor,
     PretrainedConfig,
     SiglipConfig,
+    SiglipImageProcessor,
     VisionTextDualEncoderConfig,
 )
 
-from scaleclip.config import ModelConfig
+from scaleclip.config import ImageTowerConfig, ModelConfig
 from scaleclip.data.tokenizer import fast_tokenizer
 from scaleclip.errors import ConfigError
-from scaleclip.exchange.open_clip_config import tower_values
-from scaleclip.exchange.rules import Rule, folded_head, prefixed, same, scalar, to_theirs
+from scaleclip.exchange.open_clip_config import checked_model, tower_values
+from scaleclip.exchange.rules import Rule, folded_head, prefixed, projecting, same, scalar, to_theirs
 from scaleclip.exchange.weights import Weights
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.models.timm_towers import TIMM
@@ -34,11 +38,15 @@ from scaleclip.models.timm_towers import TIMM
 Kind = Literal["CLIPModel", "SiglipModel", "VisionTextDualEncoderModel", "two towers"]
 WEIGHTS = "model.safetensors"
 PROJECTION = "projection.safetensors"
+PROCESSOR = "preprocessor_config.json"
 IMAGE, TEXT = "image", "text"
 _INDEX = f"{WEIGHTS}.index.json"
+_SIGLIP = ("siglip_vision_model", "siglip_text_model")
 _BICUBIC = 3  # PIL's number
 # transformers then pools at the largest id, as OpenAI's configuration had it
 _LEGACY_END_ID = 2
+
+log = logging.getLogger("scaleclip")
 
 
 class Folder(NamedTuple):
@@ -51,23 +59,21 @@ class Folder(NamedTuple):
     """By path in it."""
 
 
-def fitting_kind(config: ModelConfig, model: DualEncoder, ours: Weights) -> Kind:
+def fitting_kind(config: ModelConfig, model: DualEncoder) -> Kind:
     """The first of the classes, as this file's head lists them, that computes what a dual encoder does.
 
     Args:
         config: the dual encoder's.
         model: built from it, with or without values.
-        ours: its weights.
     """
     image, text, values = config.image, config.text, model.text.body.config
     pools_the_end = text.pooling in ("pooler", "eos") and values.eos_token_id != _LEGACY_END_ID
     is_clip_text = text.type == "clip_text_model" and pools_the_end
     if image.type == "clip_vision_model" and is_clip_text:
         return "CLIPModel"
-    if image.pooling == "pooler" and (image.type, text.type) == ("siglip_vision_model", "siglip_text_model"):
-        matrix_EW = ours.read("image_projection.weight")
-        if text.pooling == "pooler" and torch.equal(matrix_EW, torch.eye(*matrix_EW.shape)):
-            return "SiglipModel"
+    is_siglip = (image.type, text.type, image.pooling, text.pooling) == (*_SIGLIP, "pooler", "pooler")
+    if is_siglip and not image.projection:
+        return "SiglipModel"
     takes_types = "token_type_ids" in inspect.signature(model.text.body.forward).parameters  # as BERT does; they are handed on
     has_width = getattr(model.image.body.config, "hidden_size", None) == model.image.width
     if image.pooling == "pooler" and image.type != TIMM and has_width and text.pooling == "pooler" and takes_types:
@@ -76,8 +82,8 @@ def fitting_kind(config: ModelConfig, model: DualEncoder, ours: Weights) -> Kind
 
 
 def as_folder(config: ModelConfig, model: DualEncoder, ours: Weights) -> Folder:
-    """A dual encoder as the folder that fits it; see `fitting_kind` for the arguments."""
-    kind = fitting_kind(config, model, ours)
+    """A dual encoder, whose weights are `ours`, as the folder that fits it; see `fitting_kind` for the others."""
+    kind = fitting_kind(config, model)
     towers = {IMAGE: model.image.body, TEXT: model.text.body}
     for body in towers.values():
         body.config.architectures = [type(body).__name__]
@@ -88,6 +94,7 @@ def as_folder(config: ModelConfig, model: DualEncoder, ours: Weights) -> Folder:
         rules[PROJECTION] = [same(name, name) for name in names]
         files = {file: to_theirs(each, ours) for file, each in rules.items()}
         return Folder(kind, {name: body.config for name, body in towers.items()}, files)
+    ours = projecting(ours, config, model)
     whole = _whole_config(kind, config, model)
     whole.architectures, whole.dtype = [kind], torch.float32
     if config.init_logit_bias is not None and kind != "SiglipModel":
@@ -128,11 +135,17 @@ def write_processor(folder: Path, config: ModelConfig) -> None:
     CLIPProcessor(processor, tokenizer).save_pretrained(folder)
 
 
-def class_config(folder: Path, reference: str) -> tuple[Kind, ModelConfig]:
+def class_config(folder: Path, reference: str, like: ImageTowerConfig | None = None) -> tuple[Kind, ModelConfig]:
     """The class of a folder, and the dual encoder that computes the same.
 
+    Args:
+        folder: of transformers.
+        reference: names it in messages.
+        like: has the mean and standard deviation of pixels where the folder does not say them, which a warning tells; None:
+            those that transformers takes for the class.
+
     Raises:
-        ConfigError: the folder holds another kind of model.
+        ConfigError: the folder holds another kind of model, or does not say the size of its images.
     """
     try:
         whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -147,17 +160,20 @@ def class_config(folder: Path, reference: str) -> tuple[Kind, ModelConfig]:
         )
     kind, vision, text = kinds[whole.model_type], whole.vision_config, whole.text_config
     image_values, text_values = tower_values(vision), tower_values(text)
-    length = text.max_position_embeddings
+    length = getattr(text, "max_position_embeddings", None)
+    if length is None:
+        raise ConfigError(f"{reference} has a text tower without a table of positions, {text.model_type}: none here is that")
     if vision.model_type == "clip_vision_model" and kind != "VisionTextDualEncoderModel":
-        if text_values["eos_token_id"] == _LEGACY_END_ID:
+        if text_values.get("eos_token_id") == _LEGACY_END_ID:
             text_values |= {"eos_token_id": text.vocab_size - 1, "bos_token_id": text.vocab_size - 2}
     elif text.model_type in ("roberta", "xlm-roberta", "camembert"):
         length -= text.pad_token_id + 1  # positions start behind the padding's
     embed_dim = text_values.pop("projection_size", text.hidden_size) if kind == "SiglipModel" else whole.projection_dim
     saved = _json(folder / "tokenizer_config.json").get("model_max_length", length)
-    normalisation = _json(folder / "preprocessor_config.json")
-    image = {"type": vision.model_type, "size": vision.image_size, "config": image_values}
-    image |= {key: normalisation[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in normalisation}
+    processor = _json(folder / PROCESSOR)
+    image = {"type": vision.model_type, "size": _image_size(vision, processor, reference), "config": image_values}
+    image["projection"] = kind != "SiglipModel"
+    image |= _normalisation(kind, processor, reference, like)
     # OpenAI's vocabulary needs no file
     own = (folder / "tokenizer.json").is_file() or text.vocab_size != 49408
     tree = {
@@ -172,14 +188,12 @@ def class_config(folder: Path, reference: str) -> tuple[Kind, ModelConfig]:
         },
         "init_logit_bias": 0.0 if kind == "SiglipModel" else None,
     }
-    return kind, ModelConfig.model_validate(tree)
+    return kind, checked_model(tree, reference)
 
 
-def class_constants(kind: Kind, config: ModelConfig, model: DualEncoder, folder: Path) -> dict[str, torch.Tensor]:
+def class_constants(kind: Kind, config: ModelConfig, folder: Path) -> dict[str, torch.Tensor]:
     """Parameters of a dual encoder that a class does without."""
-    if kind == "SiglipModel":
-        return {"image_projection.weight": torch.eye(config.embed_dim, model.image.width)}
-    if config.init_logit_bias is not None:
+    if kind != "SiglipModel" and config.init_logit_bias is not None:
         return {"logit_bias": torch.tensor([_json(folder / "config.json")["logit_bias"]])}
     return {}
 
@@ -199,6 +213,48 @@ def weight_files(folder: Path, reference: str) -> Sequence[Path]:
     return [folder / WEIGHTS]
 
 
+def _image_size(vision: PretrainedConfig, processor: Mapping[str, Any], reference: str) -> int:
+    """Height and width of the input: of the tower's configuration or, where it has none, what the processor cuts out."""
+    crop = processor.get("crop_size") or processor.get("size")
+    size = getattr(vision, "image_size", None) or crop
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge") or [size.get("height"), size.get("width")]
+    if isinstance(size, list | tuple):
+        size = size[0] if len(set(size)) == 1 else None
+    if not isinstance(size, int):
+        raise ConfigError(
+            f"{reference} does not say the size of its images, which are square here: neither vision_config.image_size of its "
+            f"config.json nor crop_size or size of its {PROCESSOR}: put there what the model was saved with"
+        )
+    return size
+
+
+def _normalisation(
+    kind: Kind, processor: Mapping[str, Any], reference: str, like: ImageTowerConfig | None
+) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation, by their names in `model.image`."""
+    if processor.get("do_normalize") is False:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    usual = SiglipImageProcessor() if kind == "SiglipModel" else CLIPImageProcessor()
+    taken = (like.mean, like.std) if like else (tuple(usual.image_mean), tuple(usual.image_std))
+    found = {}
+    for key, other in zip(("mean", "std"), taken, strict=True):
+        if f"image_{key}" not in processor:
+            found[key] = other
+            _warn_once(
+                f"{reference} has no image_{key} in a {PROCESSOR}: taken as {list(other)}, "
+                + (f"which is model.image.{key}" if like else f"which is {type(usual).__name__}'s; put the file there")
+            )
+        else:
+            found[key] = processor[f"image_{key}"]
+    return found
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 def _whole_config(kind: Kind, config: ModelConfig, model: DualEncoder) -> PretrainedConfig:
     vision, text = model.image.body.config, model.text.body.config
     if kind == "SiglipModel":
@@ -212,7 +268,9 @@ def _whole_config(kind: Kind, config: ModelConfig, model: DualEncoder) -> Pretra
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        content = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no mapping: save it again, or take it from where the weights come from")
     return content

@@ -18,17 +18,33 @@ from torch import Tensor
 from scaleclip.checkpoint.loading import Reader, rank_files
 from scaleclip.checkpoint.rank_file import read_pieces
 
-_NAMES = {torch.float32: "F32", torch.int64: "I64"}
+# as the format names them; what is not a number with a point keeps its type
+_NAMES = {
+    torch.float32: "F32", torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64",
+}  # fmt: skip
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class Weights(NamedTuple):
-    """Tensors of a model by name."""
+    """Tensors of a model by name.
+
+    Half precision is read as fp32, which holds each of its values: what is computed and written here is fp32, whoever trained.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     """A whole tensor on the CPU."""
     dtypes: Mapping[str, torch.dtype] = {}
-    """Of those that are not fp32."""
+    """Of those that are not fp32: counters and indices, which some towers keep beside their parameters."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor as it is read."""
+        return self.dtypes.get(name, torch.float32)
+
+    def num_bytes(self) -> int:
+        """Of all tensors as they are read."""
+        return sum(math.prod(shape) * self.dtype(name).itemsize for name, shape in self.shapes.items())
 
     def with_constants(self, constants: Mapping[str, Tensor]) -> "Weights":
         """These and some more, which are in memory."""
@@ -57,8 +73,13 @@ def in_safetensors(paths: Sequence[Path]) -> Weights:
     """
     files: list[Any] = [safe_open(path, "pt") for path in paths]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118  # the file is no mapping
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
-    return Weights(shapes, lambda name: _plain(where[name].get_tensor(name)))
+    slices = {name: file.get_slice(name) for name, file in where.items()}
+    types = {name: _TYPES.get(each.get_dtype(), torch.float32) for name, each in slices.items()}
+    return Weights(
+        {name: tuple(each.get_shape()) for name, each in slices.items()},
+        lambda name: _plain(where[name].get_tensor(name)),
+        {name: dtype for name, dtype in types.items() if not dtype.is_floating_point},
+    )
 
 
 def in_checkpoint(path: Path) -> Weights:
@@ -83,7 +104,7 @@ def write_safetensors(path: Path, weights: Weights, done: Callable[[int], object
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in weights.shapes.items():
-        dtype = weights.dtypes.get(name, torch.float32)
+        dtype = weights.dtype(name)
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -93,7 +114,8 @@ def write_safetensors(path: Path, weights: Weights, done: Callable[[int], object
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in weights.shapes.items():
             tensor = weights.read(name).detach().contiguous()
-            assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)}, said to be {shape}"
+            found, said = (tuple(tensor.shape), tensor.dtype), (shape, weights.dtype(name))
+            assert found == said, f"{name}: {found}, said to be {said}"
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             done(tensor.nbytes)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleclip.config import ModelConfig
+from scaleclip.errors import ConfigError
 from scaleclip.models.caption_decoder import CaptionDecoder
 from scaleclip.models.depth import NO_TOWER, Place, depth_groups
 from scaleclip.models.projector import Projector, ProjectorWeights
@@ -91,14 +92,21 @@ class DualEncoder(nn.Module):
     Under `torch.device("meta")` it has the shapes of its parameters and no values.
 
     Raises:
-        ConfigError: a tower cannot be built as configured (see `build_image_tower`).
+        ConfigError: a tower cannot be built as configured (see `build_image_tower`), or the image tower has no projection and
+            another width than the shared space.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.image = build_image_tower(config.image, config.activation_checkpointing)
         self.text = build_text_tower(config.text, config.activation_checkpointing)
-        self.image_projection = _projection(self.image.width, config.embed_dim)
+        if not config.image.projection and self.image.width != config.embed_dim:
+            raise ConfigError(
+                f"model.image.projection=False: the image tower's vector of {self.image.width} values is not of "
+                f"model.embed_dim={config.embed_dim}: set model.embed_dim={self.image.width}, or model.image.projection=true"
+            )
+        self.embed_dim = config.embed_dim
+        self.image_projection = _projection(self.image.width, config.embed_dim) if config.image.projection else nn.Identity()
         self.text_projection = _projection(self.text.width, config.embed_dim)
         self.projector = None if config.projector is None else Projector(self.image.width, config.projector)
         self.caption_decoder = None
@@ -179,12 +187,12 @@ class DualEncoder(nn.Module):
         return {name: places.get(name, NO_TOWER) for name, _ in self.named_parameters()}
 
     def _prepare(self, pixels_BCHW: Tensor) -> Tensor:
-        pixels_BCHW = self._normalise(pixels_BCHW).to(self.image_projection.weight.dtype)
+        pixels_BCHW = self._normalise(pixels_BCHW).to(self.text_projection.weight.dtype)
         # convolutions are faster on channels that lie together, and ConvNeXt's permutations are then free
         return pixels_BCHW.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def _project(projection: nn.Linear, pooled_BD: Tensor) -> Tensor:
+    def _project(projection: nn.Module, pooled_BD: Tensor) -> Tensor:
         return F.normalize(projection(pooled_BD).float(), dim=-1)
 
     def _normalise(self, pixels_BCHW: Tensor) -> Tensor:

@@ -26,11 +26,8 @@ def timm_values(key: str, values: Mapping[str, Any], size: int) -> dict[str, Any
     import timm  # takes a second, and other towers need none of it
 
     architecture, arguments = values.get("architecture"), values.get("model_args") or {}
-    # timm would fetch what starts with hf-hub:
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        close = difflib.get_close_matches(str(architecture), timm.list_models(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "for example eva02_base_patch16_clip_224"
-        raise ConfigError(f"{key}.config.architecture={architecture!r} is none of timm's: {hint}")
+    if fault := unknown_architecture(architecture):
+        raise ConfigError(f"{key}.config.architecture={fault}")
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"{key}.config.model_args={arguments!r} is no mapping: give arguments by name, {{depth: 6}}")
     pooled = values.get("do_pooling", True) and arguments.get("global_pool") != "" and not arguments.get("features_only")
@@ -42,6 +39,18 @@ def timm_values(key: str, values: Mapping[str, Any], size: int) -> dict[str, Any
     if timm.get_pretrained_cfg(architecture).fixed_input_size:
         arguments = {"img_size": size, **arguments}
     return {**values, "model_args": dict(arguments)}
+
+
+def unknown_architecture(name: Any) -> str | None:
+    """What is wrong with the name of an architecture, which the message begins with; None where timm has it."""
+    import timm
+
+    # timm would fetch what starts with hf-hub:
+    if isinstance(name, str) and timm.is_model(name):
+        return None
+    close = difflib.get_close_matches(str(name), timm.list_models(), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "for example eva02_base_patch16_clip_224"
+    return f"{name!r} is none of timm's: {hint}"
 
 
 def initialise_timm_tower(body: PreTrainedModel) -> None:

@@ -181,6 +181,7 @@ def _inputs(config: ModelConfig, size: int, tokens: int, views: int, pair_texts:
 def _backward(features: Features) -> None:
     outputs = [*features.rows(), *features.whole()]
     outputs += [] if features.caption_loss is None else [features.caption_loss]
+    outputs = [output for output in outputs if output.requires_grad]  # a locked tower without a projection has none
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 

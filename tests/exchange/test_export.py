@@ -1,6 +1,7 @@
 """`scaleclip export`: from the shards of a run, whole or not at all, with its card, one tensor in memory at a time."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import open_clip
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
@@ -33,8 +34,9 @@ from scaleclip.cli import app
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.exchange import export as export_module
 from scaleclip.exchange.export import check_target, prepare, write
+from scaleclip.exchange.rules import same, to_ours, to_theirs
 from scaleclip.exchange.source import open_source
-from scaleclip.exchange.weights import in_memory, write_safetensors
+from scaleclip.exchange.weights import in_memory, in_safetensors, write_safetensors
 from scaleclip.local_ranks import run_ranks
 from scaleclip.trained_model import load_model
 
@@ -125,6 +127,8 @@ def test_only_an_export_is_replaced(tmp_path: Path) -> None:
     write(prepare(source, "open_clip"), source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists(), "nothing of the old one stays"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(ConfigError, match="it is no export, so nothing replaces it"):
+        check_target(Path("."), force=True)
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="it is no export, so nothing replaces it"):
         check_target(tmp_path / "mine", force=True)
@@ -151,6 +155,34 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write(prepare(source, "transformers"), source, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_earlier_export_stays_where_the_new_one_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = small_preset("tiny"), tmp_path / "out"
+    exported(random_model(config), config, "transformers", out)
+    before = (out / "model.safetensors").read_bytes()
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if source.name == ".partial-out":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    new = source_of(random_model(config, seed=1), config)
+    with pytest.raises(ConfigError, match=r"--out=\S+out cannot be written: Input/output error"):
+        write(prepare(new, "transformers"), new, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_export_that_a_crash_took_away_is_there_again(tmp_path: Path) -> None:
+    config = small_preset("tiny")
+    exported(random_model(config), config, "transformers", tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".partial-replaced-out")
+    with pytest.raises(ConfigError, match="exists: add --force"):
+        check_target(tmp_path / "out", force=False)
+    assert load_model(str(tmp_path / "out")).model_config.embed_dim == config.embed_dim
 
 
 def test_pixels_that_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +216,28 @@ def test_a_file_of_several_kinds_of_numbers(tmp_path: Path) -> None:
         assert int.from_bytes((tmp_path / "y.safetensors").read_bytes()[:8], "little") % 8 == 0
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_names_change_and_numbers_do_not(tmp_path: Path) -> None:
+    """Half precision is read as the fp32 that it is exactly; counters stay whole numbers, through the rules and in a file."""
+    theirs = {
+        "w": torch.randn(3, 5).bfloat16(),
+        "h": torch.randn(4).half(),
+        "n": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+    }
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    rules = [same("ours.w", "w"), same("ours.h", "h"), same("ours.n", "n"), same("ours.flags", "flags")]
+    ours = to_ours(rules, in_safetensors([tmp_path / "theirs.safetensors"]), "x")
+    assert {name: ours.dtype(name) for name in ours.shapes} == {
+        "ours.w": torch.float32, "ours.h": torch.float32, "ours.n": torch.int64, "ours.flags": torch.bool,
+    }  # fmt: skip
+    back = to_theirs(rules, ours)
+    assert back.num_bytes() == 15 * 4 + 4 * 4 + 8 + 2
+    write_safetensors(tmp_path / "back.safetensors", back)
+    found = load_file(tmp_path / "back.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.equal(found[name], tensor.float() if tensor.is_floating_point() else tensor), name
 
 
 MEMORY = """

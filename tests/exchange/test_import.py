@@ -1,6 +1,7 @@
 """Other libraries' models, made by them with random weights, give the same features here; others are told apart."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from exchange_cases import DEMO_TOKENS, SIZES, VIT, assert_close, image_features, pictures
+from exchange_cases import (
+    DEMO_TOKENS,
+    SIZES,
+    VIT,
+    assert_close,
+    exported,
+    image_features,
+    pictures,
+    random_model,
+    small_preset,
+)
 from scaleclip.config_io import named_architecture
 from scaleclip.data.tokenizer import fast_tokenizer
 from scaleclip.errors import ConfigError
+from scaleclip.exchange.source import open_source
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.trained_model import TrainedModel, load_model
 
@@ -230,6 +242,7 @@ def test_a_siglip_of_transformers(tmp_path: Path) -> None:
     check_transformers(theirs, ours, 4095)
     assert ours.logit_bias is not None
     torch.testing.assert_close(ours.logit_bias, theirs.logit_bias)
+    assert not list(ours.image_projection.parameters())
 
 
 def test_a_bert_and_a_vit_of_transformers(tmp_path: Path) -> None:
@@ -341,3 +354,52 @@ def test_a_folder_that_lacks_a_tensor(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
         load_model(str(folder))
+
+
+def described(folder: Path, content: Any) -> Path:
+    save_file(open_clip_model().state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_null_is_open_clips_own_default(tmp_path: Path) -> None:
+    vision = VISION | {"timm_model_name": None, "act_kwargs": None, "pool_type": None}
+    cfg = CFG | {"vision_cfg": vision, "text_cfg": TEXT | {"hf_model_name": None}, "init_logit_bias": None}
+    ours = load_model(str(described(tmp_path, {"model_cfg": cfg, "preprocess_cfg": None})))
+    check_open_clip(open_clip_model(), ours)
+
+
+def test_a_model_that_cannot_be_built_is_named(tmp_path: Path) -> None:
+    cfg = CFG | {"vision_cfg": {"timm_model_name": VIT_TI, "timm_pool": "token", "timm_proj": "none"}}
+    message = rf"^{tmp_path} describes a model that cannot be built: .* 192 values is not of model\.embed_dim=24"
+    with pytest.raises(ConfigError, match=message):
+        load_model(str(described(tmp_path, {"model_cfg": cfg})))
+
+
+@pytest.mark.parametrize("name", ["visual.positional_embedding", "ln_final.weight", "visual.conv1.weight"])
+def test_shapes_that_tell_nothing(name: str, tmp_path: Path) -> None:
+    state = open_clip_model().state_dict()
+    with pytest.raises(
+        ConfigError, match=rf"its shapes are no CLIP's with ViT: it has {re.escape(name)} with shape \[1, 2, 3\]"
+    ):
+        load_model(str(save_plain(state | {name: torch.zeros(1, 2, 3)}, tmp_path)))
+    del state[name]
+    with pytest.raises(ConfigError, match=rf"its shapes are no CLIP's with ViT: it lacks {re.escape(name)}; put open_clip's"):
+        load_model(str(save_plain(state, tmp_path)))
+
+
+def test_a_damaged_export(tmp_path: Path) -> None:
+    config = small_preset("tiny")
+    exported(random_model(config), config, "transformers", tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "scaleclip.json").read_text())
+    for content, message in (
+        ("[]", "is not what an export writes"),
+        (json.dumps({"model": facts["model"] | {"embed_dim": 0}}), r"model that cannot be:\nmodel\.embed_dim=0: "),
+    ):
+        (tmp_path / "out" / "scaleclip.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"scaleclip\.json .*{message}"):
+            open_source(str(tmp_path / "out"))
+    (tmp_path / "out" / "scaleclip.json").write_text(json.dumps(facts))
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"out: model\.safetensors cannot be read: .*; export or download it again"):
+        open_source(str(tmp_path / "out"))

@@ -85,6 +85,20 @@ def test_other_sizes_and_new_parts(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.text.body.parameters())
 
 
+def test_a_projection_that_the_other_model_does_without_changes_nothing_at_first(tmp_path: Path) -> None:
+    config = small_preset("SigLIP-B/16")
+    trained = random_model(config)
+    assert exported(trained, config, "transformers", tmp_path / "siglip") == "SiglipModel"
+    images = pictures(config.image.size)
+    for projection in (False, True):
+        model = started(config, tmp_path / "siglip", image={"projection": projection}).eval()
+        assert len(list(model.image_projection.parameters())) == projection
+        assert_close(image_features(trained, images), image_features(model, images))
+    exported(model, changed(config, {"image": {"projection": True}}), "transformers", tmp_path / "projected")
+    with pytest.raises(ConfigError, match=r"belongs to other values: set model\.image\.projection=true$"):
+        started(config, tmp_path / "projected")
+
+
 def test_fixed_positions_are_made_anew_and_learned_ones_are_no_fixed_ones(tmp_path: Path) -> None:
     config = changed(small_preset("tiny"), {"image": {"positions": "sincos"}})
     exported(random_model(config), config, "transformers", tmp_path / "fixed")

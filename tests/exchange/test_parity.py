@@ -31,12 +31,14 @@ from scaleclip.exchange.open_clip_config import model_cfg
 from scaleclip.exchange.open_clip_names import name_rules
 from scaleclip.exchange.rules import to_theirs
 from scaleclip.exchange.weights import in_memory
-from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.trained_model import load_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "##s", "'", "s", "life", "hi", "!", "word"]
-BERT = {"type": "bert", "context_length": 12, "config": SIZES | {"vocab_size": len(WORDS), "max_position_embeddings": 12}}
+# with matrices so large that texts differ
+BERT_VALUES = SIZES | {"vocab_size": len(WORDS), "max_position_embeddings": 12, "initializer_range": 0.2}
+BERT = {"type": "bert", "context_length": 12, "config": BERT_VALUES}
 SIGLIP_IMAGE = {"type": "siglip_vision_model", "size": 32, "config": VIT}
+BARE = {"projection": False}
 SIGLIP_TEXT = {"type": "siglip_text_model", "tokenizer": "demo", "context_length": 12, "config": SIZES | DEMO_TOKENS}
 TIMM_VIT = {"type": "timm_wrapper", "size": 224, "config": {"architecture": "vit_tiny_patch16_224"}}
 HF_VIT = {"type": "vit", "size": 32, "config": VIT}
@@ -71,7 +73,13 @@ CASES = {
     "Jina": Case("Jina-B/16", {}, "two towers", False),
     "ConvNeXt": Case("ConvNeXt-demo", {}, "two towers", False),
     "CLIP-and-SigLIP-text": Case("tiny", {"image": CLIP_IMAGE, "text": SIGLIP_TEXT}, "two towers", True),
-    "SigLIP": Case("tiny", {"image": SIGLIP_IMAGE, "text": SIGLIP_TEXT}, "SiglipModel", False),
+    "SigLIP": Case("SigLIP-B/16", {}, "SiglipModel", False),
+    "SigLIP-mean": Case("SigLIP-B/16", {"image": {"pooling": "mean"}}, "two towers", False),
+    "SigLIP-alone-and-BERT": Case(
+        "tiny", {"image": SIGLIP_IMAGE | BARE, "text": BERT}, "VisionTextDualEncoderModel", False
+    ),
+    "ViT-alone": Case("ViT-B/16", {"image": BARE}, "CLIPModel", True),
+    "timm-alone": Case("tiny", {"embed_dim": 192, "image": TIMM_VIT | BARE}, "two towers", True),
     "SigLIP-and-BERT": Case("tiny", {"image": SIGLIP_IMAGE, "text": BERT}, "VisionTextDualEncoderModel", False),
     "SigLIP-learned-projection": Case(
         "tiny", {"image": SIGLIP_IMAGE, "text": SIGLIP_TEXT}, "two towers", False
@@ -101,17 +109,9 @@ def config_of(case: Case, tmp_path: Path) -> ModelConfig:
     return config.model_copy(update={"text": config.text.model_copy(update={"tokenizer": str(tmp_path / "words")})})
 
 
-def model_of(config: ModelConfig, kind: str) -> DualEncoder:
-    model = random_model(config)
-    if kind == "SiglipModel":
-        with torch.no_grad():
-            model.image_projection.weight.copy_(torch.eye(*model.image_projection.weight.shape))
-    return model
-
-
 def check(config: ModelConfig, to: Format, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the card, and back."""
-    model = model_of(config, kind)
+    model = random_model(config)
     folder = tmp_path / "out"
     assert exported(model, config, to, folder) == kind
     monkeypatch.chdir(folder)
@@ -166,5 +166,38 @@ def test_an_end_token_that_is_not_the_largest(tmp_path: Path) -> None:
 def test_what_open_clip_cannot_hold(name: str, tmp_path: Path) -> None:
     config = config_of(CASES[name], tmp_path)
     with pytest.raises(ConfigError, match=f"open_clip cannot hold .* --to transformers fits, as {CASES[name].transformers}$"):
-        exported(model_of(config, CASES[name].transformers), config, "open_clip", tmp_path / "out")
+        exported(random_model(config), config, "open_clip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "hindrance"),
+    [
+        ("Recap-B/16", r"model\.image\.type=siglip_vision_model: with pooling=mean it has no class token"),
+        ("SigLIP-B/16", r"model\.image\.type=siglip_vision_model: with pooling=pooler it has no class token"),
+        (
+            "ConvNeXt-demo",
+            r"model\.image\.type=convnext: it has no such tower; of ours it has clip_vision_model and timm_wrapper",
+        ),
+    ],
+)
+def test_the_setting_that_open_clip_cannot_hold_is_said(name: str, hindrance: str, tmp_path: Path) -> None:
+    config = small_preset(name)
+    with pytest.raises(
+        ConfigError, match=rf"^--to open_clip: open_clip cannot hold this model: {hindrance}.*transformers fits"
+    ):
+        exported(random_model(config), config, "open_clip", tmp_path / "out")
+
+
+def test_a_siglip_comes_back_as_transformers_alone_describes_it(tmp_path: Path) -> None:
+    """Of one trained here: no projection, and what the text tower's two matrices make together."""
+    config = small_preset("SigLIP-B/16")
+    model = random_model(config)
+    assert not list(model.image_projection.parameters())
+    assert exported(model, config, "transformers", tmp_path / "out") == "SiglipModel"
+    (tmp_path / "out" / "scaleclip.json").unlink()
+    back, images = load_model(str(tmp_path / "out")), pictures(config.image.size)
+    assert (back.model_config.image.projection, back.model_config.image.mean) == (False, config.image.mean)
+    assert_close(image_features(model, images), image_features(back.model, images))
+    tokenizer = load_tokenizer("demo", config.text.context_length)
+    assert_close(text_features(model, tokenizer), text_features(back.model, back.tokenizer))

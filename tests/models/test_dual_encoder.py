@@ -73,6 +73,17 @@ def test_image_towers(name: str) -> None:
     assert all(p.grad is not None for p in model.image_projection.parameters())
 
 
+def test_an_image_tower_without_a_projection() -> None:
+    torch.manual_seed(0)
+    model = DualEncoder(model_config({"config": VIT, "projection": False}, embed_dim=32))
+    pixels, _, _ = batch()
+    torch.testing.assert_close(model.encode_image(pixels), torch.nn.functional.normalize(model.pool_image(pixels), dim=-1))
+    assert "image_projection.weight" not in dict(model.named_parameters())
+    assert model.parameter_places().keys() == dict(model.named_parameters()).keys()
+    with pytest.raises(ConfigError, match=r"vector of 32 values is not of model\.embed_dim=16: set model\.embed_dim=32, or"):
+        DualEncoder(model_config({"config": VIT, "projection": False}))
+
+
 @pytest.mark.parametrize("name", TEXT_TOWERS)
 def test_text_towers_ignore_what_stands_behind_the_end_token(name: str) -> None:
     torch.manual_seed(0)

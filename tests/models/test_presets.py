@@ -10,6 +10,7 @@ from open_clip.model import CLIP
 
 from scaleclip.config import ModelConfig
 from scaleclip.config_io import load_config
+from scaleclip.exchange.transformers_folder import fitting_kind
 from scaleclip.models.dual_encoder import DualEncoder
 
 
@@ -54,6 +55,30 @@ def test_recap_clip_has_clipas_towers(name: str, their_image: str, their_text: s
     # CLIPA's class token, whose place our patches' bias takes, has a row of positions too; SigLIP's text tower ends in a matrix
     assert count(ours) == count(theirs) - width + text_width**2 + text_width
     assert (config.image.positions, config.image.pooling) == ("sincos", "mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "their_name", "millions"),
+    [
+        ("SigLIP-B/16", "ViT-B-16-SigLIP", 203),
+        ("SigLIP-L/16", "ViT-L-16-SigLIP-256", 652),
+        ("SigLIP-SO400M/14", "ViT-SO400M-14-SigLIP", 877),
+    ],
+)
+def test_siglips_have_the_published_sizes(name: str, their_name: str, millions: int, tmp_path: Path) -> None:
+    theirs = open_clip.get_model_config(their_name)
+    text = theirs["text_cfg"]
+    length = f"model.text.context_length={text['context_length']}"
+    config = load(tmp_path, name, f"model.text.config.vocab_size={text['vocab_size']}", length)
+    model = build(config)
+    assert fitting_kind(config, model) == "SiglipModel"
+    # in training the text tower's head and the projection behind it are two matrices, which leave as one
+    assert int((count(model) - count(model.text_projection)) / 1e6) == millions
+    assert (theirs["embed_dim"], theirs["vision_cfg"]["timm_proj"]) == (config.embed_dim, "none")
+    values = config.text.config
+    for key, ours in (("width", "hidden_size"), ("layers", "num_hidden_layers"), ("heads", "num_attention_heads")):
+        assert text[key] == values[ours]
+    assert config.image.mean == config.image.std == (0.5, 0.5, 0.5)
 
 
 def test_jina_clip_has_the_published_numbers_of_parameters(tmp_path: Path) -> None:
