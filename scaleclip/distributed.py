@@ -99,6 +99,28 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def array_share(world: World) -> tuple[int, int]:
+    """(number, count): this rank among those of all tasks of SLURM's job array, of which each is a job of its own.
+
+    Outside of an array these are the rank and the number of ranks. Every task must have as many ranks.
+
+    Raises:
+        ConfigError: the array's numbers are no even range, so that this task's place among them is not known.
+    """
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" not in env:
+        return world.rank, world.size
+    task, first, last, count = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
+    step = (last - first) // (count - 1) if count > 1 else 1
+    place, rest = divmod(task - first, step)
+    if rest or first + (count - 1) * step != last:
+        raise ConfigError(
+            f"the job array has {count} tasks from {first} to {last}, not at even steps: give sbatch a range, such as "
+            f"--array=0-7"
+        )
+    return place * world.size + world.rank, count * world.size
+
+
 def barrier() -> None:
     """Wait for every rank, on the CPU."""
     any_rank(False)

@@ -3,6 +3,7 @@
 import importlib.resources
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from scaleclip.errors import ConfigError
@@ -13,7 +14,8 @@ _REPLACED = ".partial-replaced-"
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a start after a crash, sees the old content or the new one, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # processes of two nodes may have one number
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

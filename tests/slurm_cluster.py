@@ -55,8 +55,8 @@ class Cluster:
             time.sleep(1)
         return state
 
-    def tasks(self, job: str) -> dict[int, int]:
-        """Process of each rank of a job's training, by rank."""
+    def tasks(self, job: str, scaleclip: str = "train") -> dict[int, int]:
+        """Process of each rank of a job's training, or other command of scaleclip's, by rank."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -65,7 +65,7 @@ class Cluster:
             except (OSError, UnicodeDecodeError, ProcessLookupError):
                 continue
             ours = environment.get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in environment
-            if ours and command[1:4] == ["-m", "scaleclip", "train"]:
+            if ours and command[1:4] == ["-m", "scaleclip", scaleclip]:
                 rank = int(environment["SLURM_PROCID"])
                 found[rank] = min(int(path.name), found.get(rank, sys.maxsize))
         return found

@@ -123,12 +123,13 @@ def test_a_script_of_the_users_is_sourced_and_options_of_srun_are_passed(run: Ru
 
 
 def test_nodes_are_checked_before_training_alone(run: Run, tmp_path: Path) -> None:
-    for command, checked in (("run_job c.yaml", True), ("run_command eval runs/a --follow", False)):
+    unchecked = ("run_command eval runs/a --follow", "run_command captions rewrite m")
+    for command, checked in (("run_job c.yaml", True), *((command, False) for command in unchecked)):
         line = f'home={tmp_path}; check_nodes() {{ echo "checked $*"; }}; srun() {{ echo "$@"; }}; {command}'
         code, output, _ = run(line, SCALECLIP_PYTHON="python")
         assert code == 0
         assert ("checked" in output) == checked
-        assert f"-m scaleclip {'train c.yaml' if checked else 'eval runs/a --follow'}" in output
+        assert f"-m scaleclip {'train c.yaml' if checked else command.removeprefix('run_command ')}" in output
 
 
 def test_an_evaluation_that_slurm_stops_starts_again(run: Run, tmp_path: Path) -> None:
@@ -147,3 +148,13 @@ def test_an_evaluation_that_fails_again_and_again_ends(run: Run, tmp_path: Path)
 
 def test_a_check_that_is_preempted_starts_again(run: Run) -> None:
     assert run("check_nodes c", code=140)[2] == ["requeue 7"]
+
+
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}])
+def test_captions_find_the_repository_also_as_a_task_of_an_array(run: Run, tmp_path: Path, array: dict[str, str]) -> None:
+    spooled, job = tmp_path / "slurm_script", "7_3" if array else "7"
+    spooled.write_text((JOB_SH.parent / "captions.sh").read_text())
+    show = f"scontrol() {{ [ $3 = {job} ] && echo '   Command={JOB_SH.parent}/captions.sh rewrite m'; }}"
+    line = f'{show}; srun() {{ echo "$@"; }}; export -f scontrol srun; bash {spooled} rewrite m'
+    code, output, _ = run(line, SCALECLIP_PYTHON="python", **array)
+    assert (code, output) == (0, "--kill-on-bad-exit=1 python -m scaleclip captions rewrite m\n")

@@ -5,7 +5,6 @@ fewer than two words; Recap-CLIP (arXiv:2406.08478) weighs the original against 
 sentence of a long caption.
 """
 
-import re
 from bisect import bisect
 from collections.abc import Mapping
 from itertools import accumulate
@@ -15,8 +14,7 @@ import numpy as np
 
 from scaleclip.config import ViewConfig
 from scaleclip.data.sample import SampleError
-
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
+from scaleclip.data.sentences import sentences
 
 
 class Caption(NamedTuple):
@@ -63,11 +61,6 @@ class CaptionPolicy:
         ends = list(accumulate(self._weights[name] for name in names))
         # without the last end, which a product may round to
         return names[bisect(ends[:-1], draw * ends[-1])]
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, none of them blank: it is cut behind `.`, `!` and `?` before white space, and at line ends."""
-    return [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
 
 
 def _one_of(parts: list[str], draw: float) -> str:

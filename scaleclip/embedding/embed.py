@@ -1,7 +1,6 @@
 """Features of the samples of shards. A shard is one rank's work and its file is written whole: any number of ranks writes the
 same files, and a start after a crash does what is left."""
 
-import datetime
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,18 +8,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from scaleclip.config import ModelConfig
 from scaleclip.data.cache import ShardCache
+from scaleclip.data.read_ahead import BadSample, Chunk
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.distributed import World, all_or_none, gather_objects, on_main
-from scaleclip.embedding.chunks import BadSample, Chunk, Shards, Wanted
-from scaleclip.embedding.folder import DType, FeatureFolder, Summary, file_names, weights_digest
+from scaleclip.embedding.chunks import Inputs, Shards, Wanted
+from scaleclip.embedding.folder import DType, FeatureFolder, Summary, architecture_digest, weights_digest
 from scaleclip.errors import RunError
 from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.shard_folder import ShardOrigin, file_names, origins
 
-_LONG = datetime.timedelta(days=30)  # that a rank may wait for the others at the end
 _LOOK_S = 10.0  # between looks at what other ranks have finished
 
 Show = Callable[[int, int, float], None]
@@ -34,11 +34,11 @@ class Embedder(NamedTuple):
     """What the user calls it."""
     step: int | None
     """Of the run that made it, if one did."""
+    config: ModelConfig
+    """What the model is."""
     model: DualEncoder
     """In evaluation mode."""
     tokenizer: Tokenizer
-    size: int
-    """Height and width of its images."""
 
 
 def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtype: DType, world: World, show: Show) -> Summary:
@@ -54,31 +54,35 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
         show: is told, on rank 0, how far all ranks are.
 
     Raises:
-        ConfigError: no shard matches, two share a name, or `out` has features of another model, or something else.
+        ConfigError: no shard matches, two share a name, or `out` has features of another model or of other shards, or something
+            else.
         RunError: a shard cannot be read, in which case the others are done; `out` cannot be written; a loader process died.
     """
     model, todo = embedder.model, list[int]()
     with all_or_none():
-        shards = Shards(wanted, cache, embedder.tokenizer, embedder.size)
+        size = embedder.config.image.size
+        shards = Shards(wanted, cache, embedder.tokenizer, size)
         names = file_names(shards.manifest.names)
         identity = {
-            "step": embedder.step, "weights": weights_digest(model), "image_size": embedder.size,
-            "tokenizer": embedder.tokenizer.name, "text": wanted.text,
+            "step": embedder.step, "weights": weights_digest(model), "architecture": architecture_digest(embedder.config),
+            "image_size": size, "tokenizer": embedder.tokenizer.name, "text": wanted.text,
             "image": list(wanted.members) if wanted.images else None,
         }  # fmt: skip
-        folder = FeatureFolder(out, wanted.columns, model.embed_dim, dtype, identity)
+        folder = FeatureFolder(out, wanted.columns, model.embed_dim, dtype, identity, embedder.name)
+    of_shard = on_main(lambda: origins(shards.manifest, names))  # a look at every shard
+    with all_or_none():
         if world.is_main:
-            folder.begin(embedder.name)
-            there = folder.finished()
+            there = folder.begin(of_shard)
             todo = [shard for shard, name in enumerate(names) if name not in there]
     todo = gather_objects(todo)[0]
     progress = _Progress(folder, {names[shard]: int(shards.manifest.counts[shard]) for shard in todo}, show)
     failed = []
     chunks = shards.chunks(todo[world.rank :: world.size], pin_memory=world.device.type == "cuda")
-    for shard, its_chunks in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
-        error = _embed_shard(model, its_chunks, folder, names[shard], progress if world.is_main else None)
+    for shard, its_chunks in itertools.groupby(chunks, key=lambda chunk: chunk.piece.shard):
+        name = names[shard]
+        error = _embed_shard(model, its_chunks, folder, name, of_shard[name], progress if world.is_main else None)
         failed += [error] if error else []
-    failed = [error for errors in _gather_at_the_end(failed) for error in errors]
+    failed = [error for errors in gather_objects(failed) for error in errors]
     if world.is_main:
         progress.look()
     if failed:
@@ -88,13 +92,18 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
         )
     summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
     if world.is_main:
-        folder.complete(embedder.name, summary)
+        folder.complete(summary)
     return summary
 
 
 @torch.no_grad()
 def _embed_shard(
-    model: DualEncoder, chunks: Iterator[Chunk], folder: FeatureFolder, name: str, progress: "_Progress | None"
+    model: DualEncoder,
+    chunks: Iterator[Chunk[Inputs]],
+    folder: FeatureFolder,
+    name: str,
+    origin: ShardOrigin,
+    progress: "_Progress | None",
 ) -> str:
     """Encode a shard and write its files; why it cannot be had, or an empty text."""
     device = model.logit_scale.device
@@ -106,18 +115,18 @@ def _embed_shard(
             continue
         keys += chunk.keys
         bad += chunk.bad
-        if chunk.pixels_BCHW is not None:
-            parts["image"].append(model.encode_image(chunk.pixels_BCHW.to(device, non_blocking=True)).cpu())
-        if chunk.tokens_BT is not None:
-            parts["text"].append(model.encode_text(chunk.tokens_BT.to(device, non_blocking=True)).cpu())
+        if chunk.content is not None and chunk.content.pixels_BCHW is not None:
+            parts["image"].append(model.encode_image(chunk.content.pixels_BCHW.to(device, non_blocking=True)).cpu())
+        if chunk.content is not None and chunk.content.tokens_BT is not None:
+            parts["text"].append(model.encode_text(chunk.content.tokens_BT.to(device, non_blocking=True)).cpu())
         if progress:
-            progress.add(chunk.num_samples)
+            progress.add(chunk.piece.stop - chunk.piece.start)
     if error:
         if progress:
             progress.end_shard(is_there=False)
         return error
     try:
-        folder.write(name, keys, {column: torch.cat(some) for column, some in parts.items()}, bad)
+        folder.write(name, keys, {column: torch.cat(some) for column, some in parts.items()}, bad, origin)
     except OSError as fault:
         raise RunError(
             f"{folder.path} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same "
@@ -126,15 +135,6 @@ def _embed_shard(
     if progress:
         progress.end_shard(is_there=True)
     return ""
-
-
-def _gather_at_the_end(failed: list[str]) -> list[list[str]]:
-    """Of every rank; one may be done long before another."""
-    if not dist.is_initialized():
-        return [failed]
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, failed, group=dist.new_group(timeout=_LONG, backend="gloo"))  # type: ignore[arg-type]
-    return everyone
 
 
 class _Progress:

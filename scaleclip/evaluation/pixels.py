@@ -23,7 +23,7 @@ def square_pixels(images: Sequence[bytes], size: int, fault: Callable[[int, Samp
 
     def decode(data: bytes) -> Tensor | SampleError:
         try:
-            return _square(data, size)
+            return centre_square(data, size)
         except SampleError as error:
             return error
 
@@ -37,7 +37,8 @@ def square_pixels(images: Sequence[bytes], size: int, fault: Callable[[int, Samp
     return torch.stack(pixels)
 
 
-def _square(data: bytes, size: int) -> Tensor:
+def centre_square(data: bytes, size: int) -> Tensor:
+    """uint8 (3, size, size) of the largest centred square of an encoded image. Raises SampleError where it cannot be read."""
     picture = open_image(data, DataConfig().max_pixels)
     crop = centre_crop(picture.height, picture.width)
     # every pixel: figures are compared with other systems'

@@ -1,6 +1,5 @@
 """A run's folder as one page, report.html, and its pictures, report/*.png."""
 
-import base64
 import itertools
 import math
 import time
@@ -8,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from rich.console import Console
@@ -25,7 +23,7 @@ from scaleclip.evaluation.targets import Target, compare
 from scaleclip.files import write_atomic
 from scaleclip.metrics import read_rows
 from scaleclip.report.curves import Marks, Measured, draw_curves
-from scaleclip.report.drawings import draw_sheet, shorten
+from scaleclip.report.drawings import draw_sheet
 from scaleclip.report.picture import Picture
 from scaleclip.report.sheets import Sheet, make_sheet
 from scaleclip.report.tables import (
@@ -37,6 +35,7 @@ from scaleclip.report.tables import (
     read_faults,
     result_groups,
 )
+from scaleclip.report.templates import render
 from scaleclip.run_folder import read_config, read_starts
 from scaleclip.status import Status, read_status
 from scaleclip.trained_model import load_model
@@ -68,7 +67,8 @@ def write_report(run: Path, *, seed: int = 0, with_sheets: bool = True, target: 
     _write_pictures(run / PICTURES, pictures)
     evaluated = evaluated_steps(run)
     figures = figures_of(run, evaluated[-1]) if evaluated else []
-    page = _template().render(
+    page = render(
+        "page.html.jinja",
         run=run.resolve(),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
         facts=_facts(status, rows, starts),
@@ -167,25 +167,3 @@ def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
         old.unlink()
     for picture in pictures:
         write_atomic(folder / f"{picture.name}.png", picture.png)
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2%}" if 0 < value < 0.001 else f"{value:.1%}"
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scaleclip.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": _percent,
-        "data_uri": lambda content, kind: f"data:image/{kind};base64,{base64.b64encode(content).decode()}",
-        "shorten": shorten,
-    }
-    return environment.get_template("page.html.jinja")

@@ -7,12 +7,14 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#B8A800")
 """Told apart with any colour vision (Okabe and Ito, 2008), the yellow darkened to be seen on white."""
 RIGHT, WRONG = "#009E73", "#B9BEC6"
 INK, FAINT = "#1F2933", "#7B8794"
 _DPI = 160
+_QUALITY = 80
 
 
 class Picture(NamedTuple):
@@ -40,6 +42,13 @@ def to_picture(name: str, title: str, alt: str, figure: Figure, *, trim: bool = 
     # a split may be called anything
     name = "".join(character if character.isalnum() or character in "_-" else "_" for character in name)
     return Picture(name, title, alt, out.getvalue(), width, height)
+
+
+def to_webp(pixels_CHW: Tensor) -> bytes:
+    """A thumbnail of uint8 RGB pixels."""
+    out = io.BytesIO()
+    Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy()).save(out, "WEBP", quality=_QUALITY)
+    return out.getvalue()
 
 
 def clean(axes: Axes) -> None:

@@ -4,21 +4,19 @@ Shapes: N images, G gallery texts, E embedding width. All are drawn with a seed 
 for what it shows.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.splits import SplitData
+from scaleclip.report.picture import to_webp
 
 NUM_QUERIES, NUM_BEST, NUM_IN_MAP = 5, 5, 8
 _THUMBNAIL = 112  # pixels
-_QUALITY = 80
 
 
 class Query(NamedTuple):
@@ -136,6 +134,4 @@ def _draw(random: np.random.Generator, candidates: np.ndarray[tuple[int], np.dty
 
 def _thumbnail(data: SplitData, image: int) -> bytes:
     _, pixels_BCHW = data.images(image, image + 1, _THUMBNAIL)
-    out = io.BytesIO()
-    Image.fromarray(pixels_BCHW[0].permute(1, 2, 0).numpy()).save(out, "WEBP", quality=_QUALITY)
-    return out.getvalue()
+    return to_webp(pixels_BCHW[0])

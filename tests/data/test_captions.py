@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scaleclip.config import ViewConfig
-from scaleclip.data.captions import Caption, CaptionPolicy, sentences
+from scaleclip.data.captions import Caption, CaptionPolicy
 from scaleclip.data.sample import SampleError
 
 DRAWS = 10_000
@@ -100,20 +100,3 @@ def test_a_sample_without_a_usable_text_is_a_fault(texts, view, said):
         CaptionPolicy(ViewConfig(**view)).choose(texts, np.random.default_rng(0))
     assert caught.value.cause == "empty_caption"
     assert said in caught.value.detail
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("One.", ["One."]),
-        ("One. Two", ["One.", "Two"]),
-        ("  One!  \t Two?\nThree\r\n\r\n Four... Five", ["One!", "Two?", "Three", "Four...", "Five"]),
-        ("img.jpg at 3.5 m", ["img.jpg at 3.5 m"]),
-        (". . .", [".", ".", "."]),
-        ("...", ["..."]),
-        ("\n\n", []),
-        ("a" + " " * 100_000 + "b", ["a" + " " * 100_000 + "b"]),
-    ],
-)
-def test_sentences(text, expected):
-    assert sentences(text) == expected

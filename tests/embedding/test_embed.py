@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from embedding_rank_jobs import embed_and_tell, embed_shards, make_embedder
 from helpers import encode_image, make_sample, write_tar
-from runs import run, signal_when, start
+from runs import finish, run, signal_when, start
 from scaleclip.config import CacheConfig
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.convert import to_mds
@@ -53,7 +54,7 @@ def test_features_are_the_encoders(shards, tmp_path, monkeypatch):
     assert [done for done, *_ in shown] == sorted(done for done, *_ in shown)
 
     embedder = make_embedder()
-    encoder = Encoder(embedder.model, embedder.tokenizer, embedder.size, 5)
+    encoder = Encoder(embedder.model, embedder.tokenizer, embedder.config.image.size, 5)
     paths = sorted(map(str, shards.glob("*.tar")))
     reader = TarReader(paths, ShardCache(CacheConfig(folder=str(tmp_path / "cache"))))
     samples = [reader(shard, number) for shard in range(4) for number in range(len(reader.keys(shard)))]
@@ -61,7 +62,7 @@ def test_features_are_the_encoders(shards, tmp_path, monkeypatch):
     for sample in samples:
         picture = open_image(sample.members["jpg"], 10**6)
         crop = centre_crop(picture.height, picture.width)
-        pixels.append(resize(picture.decode(crop, crop.height), embedder.size, flip=False))
+        pixels.append(resize(picture.decode(crop, crop.height), embedder.config.image.size, flip=False))
     with encoder.evaluating():
         image_NE = encoder.images(torch.stack(pixels))
         text_NE = encoder.texts([sample.members["txt"].decode() for sample in samples])
@@ -190,6 +191,28 @@ def test_other_features_need_another_folder(shards, tmp_path, changes, settings,
     assert files(out) == whole
 
 
+def test_other_shards_of_the_same_names_are_not_taken_for_done(shards, tmp_path):
+    out = tmp_path / "out"
+    embed_shards(wanted(shards), out)
+    whole = files(out)
+    elsewhere = shutil.copytree(shards, tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"of another shard called 00000: made of .*/shards/00000.tar .*/elsewhere/00000.tar"):
+        embed_shards(wanted(elsewhere), out)
+    write_tar(shards / "00001.tar", [make_sample(number) for number in range(5)])
+    with pytest.raises(ConfigError, match=r"called 00001: .*4 samples and .*now has .*5 samples and .*delete .*00001.parquet"):
+        embed_shards(wanted(shards), out)
+    assert files(out) == whole
+    (out / "features" / "00001.parquet").unlink()
+    assert embed_shards(wanted(shards), out) == (4, NUM_SAMPLES + 1, {})
+
+
+def test_an_architecture_that_weights_do_not_tell_is_told_apart(shards, tmp_path):
+    out = tmp_path / "out"
+    embed_shards(wanted(shards), out)
+    with pytest.raises(ConfigError, match="architecture: '"):
+        embed_shards(wanted(shards), out, activation="quick_gelu")
+
+
 def test_a_folder_of_something_else_is_left_alone(shards, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
@@ -250,3 +273,13 @@ def test_a_killed_command_loses_no_shard_that_it_finished(undisturbed, tmp_path)
     run(*arguments, "--out", out)
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert files(out) == files(whole)
+
+
+@pytest.mark.slow
+def test_the_command_is_told_what_bare_weights_are(shards, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save({"visual.proj": torch.zeros(2)}, weights)
+    arguments = ("embed", weights, "--data", f"{shards}/*.tar", "--out", tmp_path / "out", "--architecture")
+    for name, said in (("ViT-Q", "'ViT-Q' is unknown"), ("ViT-B-32-quickgelu", f"{weights} holds no CLIP")):
+        code, output = finish(start(*arguments, name))
+        assert (code, said in output) == (2, True), output

@@ -1,0 +1,167 @@
+"""A job that makes texts of the samples of shards. A shard is one rank's work and its files are written whole: any number of
+ranks and of tasks of a job array writes the same files, and a start after a kill goes on at the batch that was cut short."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from scaleclip.captioning.folder import CaptionFolder, Summary
+from scaleclip.captioning.journal import Journal, Made, num_batches
+from scaleclip.captioning.progress import Progress, Show
+from scaleclip.data.manifest import Manifest
+from scaleclip.data.read_ahead import BadSample, Chunk, Piece, ReadAhead
+from scaleclip.data.sample import Sample, SampleError
+from scaleclip.data.source import Reader
+from scaleclip.distributed import World, all_or_none, array_share, gather_objects, on_main
+from scaleclip.errors import RunError
+from scaleclip.shard_folder import ShardOrigin, file_names, origins
+
+Item = TypeVar("Item")
+Content = TypeVar("Content")
+
+
+class Data(NamedTuple):
+    """Which samples."""
+
+    manifest: Manifest
+    reader: Reader
+    workers: int = 0
+    """Loader processes of a rank."""
+
+
+class Task(Protocol[Item, Content]):
+    """What is made of samples, by which model."""
+
+    sources: Sequence[str]
+    """Of texts; each sample gets one of every."""
+    model_name: str
+    """What the user calls the model."""
+    prompt_name: str
+    """Of what the model is asked, an id."""
+    seed: int
+    batch: int
+    """Texts made at once."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What all texts in a folder share, as JSON has it."""
+
+    def pieces(self, shard: int, num_samples: int, done: int) -> list[Piece]:
+        """What must be read of a shard to go on where `done` batches are made."""
+
+    def prepare(self, sample: Sample, shard: int, ordinal: int) -> Item:
+        """What is wanted of a sample. Raises SampleError where there is nothing to make a text of."""
+
+    def collate(self, items: Sequence[Item]) -> Content:
+        """What the model takes of a piece."""
+
+    def make(self, shard: str, chunk: Chunk[Content], done: int) -> Iterator[list[Made]]:
+        """Batches of texts of a piece, a text a sample and source in all, without the first `done` batches of the shard.
+
+        What a batch is, and its draw, depend on the shard's name and the batch's number alone, so that they come out the same
+        wherever a start goes on.
+        """
+
+
+def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show: Show) -> Summary:
+    """Make the texts of all shards that have none yet. Every rank calls, and all get what lies in the folder then.
+
+    Args:
+        task: what to make.
+        data: of which samples.
+        out: a new folder, or one that the same task began.
+        world: this rank.
+        show: is told, on rank 0, how far all ranks of all tasks of the job array are.
+
+    Raises:
+        ConfigError: two shards share a name, or `out` has texts of another model or task or of other shards, or
+            something else.
+        RunError: a shard cannot be read, in which case the others are done; `out` cannot be written, or another job writes
+            there; a loader process died; the GPU's memory is full.
+    """
+    there, (manifest, reader, _) = set[str](), data
+    with all_or_none():
+        names, share = file_names(manifest.names), array_share(world)
+    of_shard = on_main(lambda: origins(manifest, names))  # a look at every shard
+    with all_or_none():
+        made_by = {"prompt": task.prompt_name, "model": task.model_name, "seed": task.seed}
+        folder = CaptionFolder(out, task.sources, task.identity, made_by, task.batch)
+        if world.is_main:
+            there = folder.begin(of_shard)
+    there = gather_objects(there)[0]
+    number, count = share
+    # tasks of an array start at different times and see different shards done, so the deal is of all
+    mine = [shard for shard in range(number, len(names), count) if names[shard] not in there]
+    its_names = [names[shard] for shard in mine]
+    depends_on = {name: {**task.identity, **made_by, "batch": task.batch, **of_shard[name]._asdict()} for name in its_names}
+    done = {shard: num_batches(folder.journal(names[shard]), depends_on[names[shard]]) for shard in mine}
+    pieces = {shard: task.pieces(shard, int(manifest.counts[shard]), done[shard]) for shard in mine}
+    ahead = ReadAhead(manifest, reader, task.prepare, task.collate, data.workers)
+    chunks = ahead.chunks(list(itertools.chain(*pieces.values())), pin_memory=world.device.type == "cuda")
+    texts = {name: each.samples * len(task.sources) for name, each in of_shard.items()}
+    progress = Progress(folder, share, texts, show if world.is_main else None)
+    failed = list[str]()
+    for shard in mine:
+        name, its_chunks = names[shard], itertools.islice(chunks, len(pieces[shard]))
+        journal = Journal(folder.journal(name), depends_on[name])
+        progress.begin_shard(list(itertools.chain(*journal.batches)))
+        error = _make_shard(task, name, its_chunks, done[shard], journal, progress)
+        if not error:
+            error = _write_shard(folder, reader, shard, manifest.names[shard], name, journal, of_shard[name])
+        journal.close() if error else journal.remove()
+        failed += [error] if error else []
+        progress.end_shard()
+    progress.tell()
+    failed = [error for errors in gather_objects(failed) for error in errors]
+    if world.is_main:
+        progress.tell()
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(names)} shards could not be read, the others are done; the first: {failed[0]}; start the "
+            f"same command again for those"
+        )
+    summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
+    if world.is_main and not summary.left:
+        folder.complete(summary)
+    return summary
+
+
+def batch_seed(seed: int, *place: str | int) -> int:
+    """Of what is drawn at a place: a shard's name, a source, a batch's number."""
+    words = "/".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) >> 1
+
+
+def without_text(bad: Sequence[BadSample], sources: Sequence[str]) -> list[Made]:
+    """Rows of samples of which nothing can be made."""
+    return [Made(each.sample, each.key, source, "", each.cause, 0) for each in bad for source in sources]
+
+
+def _make_shard(
+    task: Task[Any, Content], name: str, chunks: Iterator[Chunk[Content]], done: int, journal: Journal, progress: Progress
+) -> str:
+    """Make what is left of a shard; why it cannot be had, or an empty text."""
+    if len(journal.batches) != done:
+        raise RunError(f"another process has gone on with {name}: end one of the two jobs that write into this folder")
+    error = ""
+    for chunk in chunks:
+        error = error or chunk.error
+        if error:
+            continue
+        for rows in task.make(name, chunk, done):
+            journal.append(rows)
+            progress.add(rows)
+    return error
+
+
+def _write_shard(
+    folder: CaptionFolder, reader: Reader, shard: int, called: str, name: str, journal: Journal, origin: ShardOrigin
+) -> str:
+    try:
+        keys = reader.keys(shard)
+    except SampleError as fault:
+        return str(fault)
+    folder.write(name, called, keys, itertools.chain(*journal.batches), origin)
+    return ""

@@ -1,0 +1,180 @@
+"""Made texts, a shard at a time: those of a captions job (OUT/texts/SHARD.parquet), or of a sidecar (SHARD.arrow)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaleclip.data.sidecar import Sidecar, sidecar_path
+from scaleclip.errors import ConfigError, RunError
+from scaleclip.shard_folder import file_names
+
+MANIFEST, TEXTS, SIDECAR = "manifest.json", "texts", "sidecar"
+_COLUMNS = ["key", "source", "text", "reason"]
+
+
+class MadeText(NamedTuple):
+    """A text that was made of a sample."""
+
+    text: str
+    """As it was made; empty where there is none."""
+    reason: str | None
+    """Why it is not fit for training, or None."""
+
+
+class Origin(NamedTuple):
+    """Where texts come from, as far as that is known."""
+
+    task: str = ""
+    """`rewrite`, `recaption`, or empty."""
+    model: str = ""
+    complete: bool = True
+    """Whether the job has finished."""
+    sidecar: str = ""
+    """Folder that training can read them from, or empty."""
+    text: str = ""
+    """Where the job read the originals: `txt`, `json:a.b`; empty where it read none."""
+    unknown_rows: int = 0
+    """Rows whose key no sample has, where that was seen before a shard was opened."""
+
+
+class ShardTexts(Protocol):
+    """Those of one shard."""
+
+    def num_unknown(self, keys: Sequence[str]) -> int:
+        """Rows whose key is none of these, which are the shard's."""
+
+    def of(self, ordinal: int, key: str) -> Mapping[str, MadeText]:
+        """By source. Raises SampleError where they cannot be had."""
+
+
+class MadeTexts(Protocol):
+    """Those of all shards."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where they come from."""
+
+    def open(self, shard: int) -> ShardTexts | None:
+        """Those of shard `shard`, or None where its file is missing.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+
+
+def open_made_texts(folder: Path, shards: Sequence[str]) -> MadeTexts:
+    """What lies in a job's folder, or in a sidecar's.
+
+    Args:
+        folder: of either.
+        shards: names of the shards, as in their manifest.
+
+    Raises:
+        ConfigError: it is neither, or has no file for any of the shards.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"OUT={folder} is no folder: give that of a captions job or of a sidecar, or tables with --text")
+    if (folder / TEXTS).is_dir():
+        return _JobTexts(folder, shards)
+    if any(folder.rglob("*.arrow")):
+        return SidecarTexts(folder, shards, Origin(sidecar=str(folder.absolute())))
+    raise ConfigError(
+        f"OUT={folder} holds neither {TEXTS}/*.parquet of a captions job nor the *.arrow of `scaleclip data sidecar`: give "
+        f"such a folder, or tables with --text"
+    )
+
+
+class SidecarTexts:
+    """The columns of a sidecar; a null is no text.
+
+    Args:
+        folder: of the sidecar.
+        shards: names of the shards, as in their manifest.
+        origin: where the texts come from.
+
+    Raises:
+        ConfigError: it has no file for any of the shards.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[str], origin: Origin) -> None:
+        self._folder, self._shards, self.origin = folder, shards, origin
+        self._sidecar = Sidecar("OUT", str(folder), shards)
+
+    def open(self, shard: int) -> ShardTexts | None:
+        """See MadeTexts."""
+        there = sidecar_path(self._folder, self._shards[shard]).exists()
+        return _SidecarShard(self._sidecar, shard) if there else None
+
+
+class _SidecarShard(NamedTuple):
+    sidecar: Sidecar
+    shard: int
+
+    def num_unknown(self, keys: Sequence[str]) -> int:
+        return 0  # a sidecar has a row a sample
+
+    def of(self, ordinal: int, key: str) -> Mapping[str, MadeText]:
+        found = {column: self.sidecar.text(self.shard, ordinal, column, key) for column in self.sidecar.columns}
+        return {column: MadeText(text, None) for column, text in found.items() if text is not None}
+
+
+class _JobTexts:
+    def __init__(self, folder: Path, shards: Sequence[str]) -> None:
+        self._files = [folder / TEXTS / f"{name}.parquet" for name in file_names(shards)]
+        if not any(file.exists() for file in self._files):
+            others = sorted((folder / TEXTS).glob("[!.]*.parquet"))
+            there = f"there is {others[0].name}" if others else "there is none at all"
+            raise ConfigError(
+                f"OUT={folder} has no texts of these shards: {self._files[0].name} and so on are wanted, {there}: give --data "
+                f"as the job had it, or wait for its first shard"
+            )
+        manifest = folder / MANIFEST
+        try:
+            said = json.loads(manifest.read_text()) if manifest.exists() else {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{manifest} cannot be read: {error}") from None
+        sidecar = str((folder / SIDECAR).absolute()) if (folder / SIDECAR).is_dir() else ""
+        self.origin = Origin(
+            task=str(said.get("task") or ""),
+            model=str(said.get("model") or ""),
+            complete=bool(said.get("complete")),
+            sidecar=sidecar,
+            text=str(said.get("text") or ""),
+        )
+
+    def open(self, shard: int) -> ShardTexts | None:
+        path = self._files[shard]
+        try:
+            with pq.ParquetFile(path) as file:
+                missing = sorted(set(_COLUMNS) - set(file.schema_arrow.names))
+                table = file.read(_COLUMNS)
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{path} cannot be read: {error}: delete it, and start its job again") from None
+        if missing:
+            raise ConfigError(f"{path} has no column {missing[0]!r}: it is not of a captions job; give tables with --text")
+        found: dict[str, dict[str, MadeText]] = {}
+        for key, source, text, reason in zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True):
+            # of two samples with one key both have the first's texts
+            found.setdefault(key, {}).setdefault(source, MadeText(text or "", reason))
+        return _JobShard(found)
+
+
+class _JobShard(NamedTuple):
+    texts: Mapping[str, Mapping[str, MadeText]]
+
+    def num_unknown(self, keys: Sequence[str]) -> int:
+        return sum(len(self.texts[key]) for key in self.texts.keys() - set(map(_stored, keys)))
+
+    def of(self, ordinal: int, key: str) -> Mapping[str, MadeText]:
+        return self.texts.get(_stored(key), {})
+
+
+def _stored(key: str) -> str:
+    """A key as Parquet has it, which takes no half of a surrogate pair."""
+    return key.encode(errors="replace").decode()

@@ -1,0 +1,112 @@
+"""How far all ranks of all jobs are that fill one folder: each leaves a small file there, and one sums them up."""
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaleclip.captioning.folder import PROGRESS, CaptionFolder, count
+from scaleclip.captioning.journal import Made
+from scaleclip.files import write_atomic
+
+_LOOK_S = 10.0  # between words to the others, and looks at theirs
+_SILENT_S = 120.0  # after which a rank is taken for one that has ended
+
+
+class News(NamedTuple):
+    """Of all ranks."""
+
+    done: int
+    """Texts, fit or not."""
+    total: int
+    texts_per_s: float
+    """Of the ranks that work now."""
+    tokens_per_s: float
+    failures: dict[str, int]
+    """Texts that are not fit, by reason, of the starts that last said something."""
+
+    def said(self) -> str:
+        """In a few words, without the number of texts."""
+        causes = ", ".join(f"{reason} {number:,}" for reason, number in self.failures.items())
+        return f"{self.tokens_per_s:,.0f} tokens/s" + f", not fit: {causes}" * bool(causes)
+
+
+Show = Callable[[News], None]
+
+
+class Progress:
+    """What this rank has done in this start, and what it knows of the others.
+
+    Args:
+        folder: of the job.
+        share: (number, count) of this rank among all that fill the folder.
+        texts: of each shard, by the name of its file.
+        show: is told how far all are; None: this rank only says how far it is itself.
+    """
+
+    def __init__(self, folder: CaptionFolder, share: tuple[int, int], texts: Mapping[str, int], show: Show | None) -> None:
+        self._folder, self._texts, self._show = folder, texts, show
+        number, count = share
+        self._files = folder.path / PROGRESS
+        self._own = self._files / f"{number:05d}-of-{count:05d}.json"
+        self._begun_s = time.monotonic()
+        self._looked_s = float("-inf")
+        self._made = self._tokens = self._open = 0
+        self._failures = Counter[str]()
+
+    def begin_shard(self, already: Sequence[Made]) -> None:
+        """A shard is taken up, of which some texts are there from an earlier start."""
+        self._open = len(already)
+
+    def add(self, rows: Sequence[Made]) -> None:
+        """A batch is kept."""
+        counted = count(rows)
+        self._made += counted.texts
+        self._open += counted.texts
+        self._tokens += counted.tokens
+        self._failures.update(counted.reasons)
+        if time.monotonic() - self._looked_s > _LOOK_S:
+            self.tell()
+
+    def end_shard(self) -> None:
+        """It is written, and will be seen by its file, or cannot be had."""
+        self._open = 0
+
+    def tell(self) -> None:
+        """Say how far this rank is, and look how far all are."""
+        self._looked_s = time.monotonic()
+        passed_s = max(self._looked_s - self._begun_s, 1e-9)
+        own = {
+            "open": self._open, "texts_per_s": self._made / passed_s, "tokens_per_s": self._tokens / passed_s,
+            "failures": self._failures, "time": time.time(),
+        }  # fmt: skip
+        with contextlib.suppress(FileNotFoundError):  # another job saw that all is done
+            write_atomic(self._own, json.dumps(own))
+        if self._show is not None:
+            self._show(self._look())
+
+    def _look(self) -> News:
+        done = sum(self._texts.get(name, 0) for name in self._folder.finished())
+        texts_per_s = tokens_per_s = 0.0
+        failures = Counter[str]()
+        for said in map(_read, self._files.glob("*-of-*.json")):
+            if said is None:
+                continue
+            failures.update(said["failures"])
+            if time.time() - said["time"] < _SILENT_S:
+                done += said["open"]
+                texts_per_s += said["texts_per_s"]
+                tokens_per_s += said["tokens_per_s"]
+        total = sum(self._texts.values())
+        return News(min(done, total), total, texts_per_s, tokens_per_s, dict(sorted(failures.items())))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """None where it has just been removed."""
+    with contextlib.suppress(FileNotFoundError):
+        said: dict[str, Any] = json.loads(file.read_text())
+        return said
+    return None

@@ -1,0 +1,164 @@
+"""A folder with a Parquet file a shard, each whole or not there, that any number of starts and ranks fills.
+
+OUT/manifest.json says what all files in it share, its identity; a file's metadata says of which shard it is, so that another
+data set whose shards have the same names is not taken for one that is done.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaleclip.data.manifest import Manifest
+from scaleclip.data.shards import is_remote
+from scaleclip.errors import ConfigError
+from scaleclip.files import write_atomic
+
+MANIFEST = "manifest.json"
+_ENDING = ".parquet"
+_METADATA = b"scaleclip"  # in a file's schema
+_SHARD = "shard"
+_NUM_READERS = 32
+
+
+class ShardOrigin(NamedTuple):
+    """Which shard a file is of."""
+
+    path: str
+    """As it was named, a local one absolute."""
+    samples: int
+    """That the manifest counts in it."""
+    kept: str
+    """Digest of a subset's choice, or empty."""
+    num_bytes: int | None
+    """None where it is remote, or stored compressed."""
+
+
+class ShardFolder:
+    """The folder.
+
+    Args:
+        path: of the folder.
+        files: name of the folder of Parquet files in it.
+        others: further folders in it.
+        what: the files hold, in the plural, for errors.
+        identity: what all of them share, as JSON has it.
+    """
+
+    def __init__(self, path: Path, files: str, others: Sequence[str], what: str, identity: Mapping[str, Any]) -> None:
+        self.path, self._others, self._what = path, others, what
+        self._files = path / files
+        self._identity = json.loads(json.dumps(identity))
+
+    def begin(self, origins: Mapping[str, ShardOrigin], more: Mapping[str, Any]) -> set[str]:
+        """Make the folder, or see that what it holds is of the same identity and of these shards.
+
+        Args:
+            origins: of all shards, by the name of their file.
+            more: goes into the manifest as it is, until all is done.
+
+        Returns:
+            Names of the shards that are there.
+
+        Raises:
+            ConfigError: it has files of another identity, of other shards of the same name, or something else.
+        """
+        manifest = self.path / MANIFEST
+        if manifest.exists():
+            before = json.loads(manifest.read_text())
+            differing = [key for key, value in self._identity.items() if before.get(key) != value]
+            if differing:
+                rows = "\n".join(f"  {key}: {before.get(key)!r} there, {self._identity[key]!r} now" for key in differing)
+                raise ConfigError(f"--out={self.path} has other {self._what}:\n{rows}\ngive another folder")
+        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise ConfigError(f"--out={self.path} holds files that are no {self._what}: give a new folder")
+        there = self.finished() & origins.keys()
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            found = dict(zip(there, pool.map(self._origin, there), strict=True))
+        for name in sorted(there):
+            if found[name] != origins[name]:
+                raise ConfigError(
+                    f"--out={self.path} has {self._what} of another shard called {name}: made of {_named(found[name])}, --data "
+                    f"now has {_named(origins[name])}; give another folder, or delete {self.file(name)} to make it anew"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        # first, so that a process that starts beside this one knows the folder
+        self._write_manifest({**more, "complete": False})
+        for folder in (self._files, *(self.path / name for name in self._others)):
+            folder.mkdir(exist_ok=True)
+        return there
+
+    def file(self, name: str) -> Path:
+        """Of a shard."""
+        return self._files / f"{name}{_ENDING}"
+
+    def finished(self) -> set[str]:
+        """Names of the shards that are there."""
+        files = self._files.glob(f"*{_ENDING}")
+        return {file.name.removesuffix(_ENDING) for file in files if not file.name.startswith(".")}
+
+    def write(self, name: str, table: pa.Table, origin: ShardOrigin, notes: Mapping[str, Any]) -> None:
+        """Write a shard's file; `notes` come back from `notes`."""
+        metadata = json.dumps({**notes, _SHARD: origin._asdict()}, sort_keys=True)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata({_METADATA: metadata}), buffer, compression="zstd", use_dictionary=False)
+        write_atomic(self.file(name), buffer.getvalue().to_pybytes())
+
+    def notes(self, name: str) -> tuple[int, dict[str, Any]]:
+        """Rows of a shard's file, and what was noted with it."""
+        file = pq.read_metadata(self.file(name))
+        return file.num_rows, json.loads((file.metadata or {}).get(_METADATA, b"{}"))
+
+    def complete(self, more: Mapping[str, Any]) -> None:
+        """All shards are there, and nobody writes any more."""
+        for cut_short in self._files.glob(".*"):
+            cut_short.unlink(missing_ok=True)
+        self._write_manifest({**more, "complete": True})
+
+    def _origin(self, name: str) -> ShardOrigin | None:
+        shard = self.notes(name)[1].get(_SHARD)
+        return None if shard is None else ShardOrigin(**shard)
+
+    def _write_manifest(self, more: Mapping[str, Any]) -> None:
+        write_atomic(self.path / MANIFEST, json.dumps({**self._identity, **more}, indent=2))
+
+
+def file_names(shards: Sequence[str]) -> list[str]:
+    """Names of shards' files, without ending. Raises ConfigError where two shards would share one."""
+    names = [(shard.rpartition(".")[0] or shard).replace("/", "_") for shard in shards]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"--data names two shards called {twice[0]}: give them a folder each, in two commands")
+    return names
+
+
+def origins(manifest: Manifest, names: Sequence[str]) -> dict[str, ShardOrigin]:
+    """Which shard each file is of, by the name of the file, in the order of the manifest."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        sizes = pool.map(_num_bytes, manifest.shards)
+        rows = zip(names, manifest.shards, manifest.counts.tolist(), sizes, strict=True)
+        return {
+            name: ShardOrigin(shard if is_remote(shard) else os.path.abspath(shard), count, manifest.kept_digest, size)
+            for name, shard, count, size in rows
+        }
+
+
+def _num_bytes(shard: str) -> int | None:
+    try:
+        return None if is_remote(shard) else os.path.getsize(shard)
+    except OSError:  # MDS that lies there compressed; reading says it if it is not there at all
+        return None
+
+
+def _named(origin: ShardOrigin | None) -> str:
+    if origin is None:
+        return "nobody noted what"
+    size = "" if origin.num_bytes is None else f" and {origin.num_bytes:,} bytes"
+    subset = f", subset {origin.kept}" if origin.kept else ""
+    return f"{origin.path} ({origin.samples:,} samples{size}{subset})"

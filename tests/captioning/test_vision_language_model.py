@@ -1,0 +1,55 @@
+"""Images and the prompt, as a vision-language model gets them."""
+
+import pytest
+import torch
+from PIL import Image
+
+from captioning_models import END, IMAGE, START, byte_tokenizer, tiny_llava
+from scaleclip.captioning.generation import Sampling
+from scaleclip.captioning.vision_language_model import VisionLanguageModel
+from scaleclip.errors import ConfigError
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0, max_tokens=20)
+IMAGES = [Image.new("RGB", size, color) for size, color in (((40, 48), "red"), ((300, 20), "blue"), ((28, 28), "black"))]
+
+
+def test_texts_are_those_of_each_image_alone_and_of_a_plain_call(llava):
+    written = llava.write(llava.inputs(IMAGES), GREEDY, 0)
+    assert len({each.text for each in written}) == len(IMAGES)
+    assert all(1 <= each.tokens <= 20 for each in written)
+    assert written == [llava.write(llava.inputs([image]), GREEDY, 0)[0] for image in IMAGES]
+    for image, each in zip(IMAGES, written, strict=True):
+        inputs = llava.processor(text=f"USER: {IMAGE}\nDescribe it. ASSISTANT:", images=image, return_tensors="pt")
+        made = llava.model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+        assert each.text == llava.processor.decode(made, skip_special_tokens=True).strip()
+
+
+def test_a_chat_template_is_used_and_starts_once(tmp_path):
+    model = VisionLanguageModel(tiny_llava(tmp_path / "chat", chat=True), "Describe it.", "auto", CPU)
+    ids = model.inputs(IMAGES[:1])["input_ids"][0]
+    text = model.processor.tokenizer.decode(ids)
+    patches = IMAGE * 4
+    assert text == f"{START}[user]{patches}Describe it.{END}[assistant]"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_with_an_image_of_its_own_is_refused(tmp_path, chat):
+    with pytest.raises(ConfigError, match="which stands for an image: leave it out"):
+        VisionLanguageModel(tiny_llava(tmp_path / "llava", chat=chat), "What is in <image>?", "auto", CPU)
+
+
+def test_a_template_that_forgets_the_image_is_refused(tmp_path):
+    folder = tiny_llava(tmp_path / "llava", chat=True)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
+    with pytest.raises(ConfigError, match="makes 0 images of one"):
+        VisionLanguageModel(folder, "Describe it.", "auto", CPU)
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path):
+    folder = tiny_llava(tmp_path / "llava")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigError, match="processor"):
+        VisionLanguageModel(folder, "Describe it.", "auto", CPU)
