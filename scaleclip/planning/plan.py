@@ -27,7 +27,7 @@ LINK_SHARE = 0.8
 SAMPLES_PER_CPU_S = {256: 1564, 512: 673, 1024: 368}
 """Pairs a second and core from JPEG shards to batches, by height and width of the stored images in pixels. Measured on an AMD
 EPYC, tools/results/data_cpu.csv."""
-SAMPLES_WITH_VIEWS_PER_CPU_S = {256: 89, 512: 74, 1024: 55}
+SAMPLES_WITH_VIEWS_PER_CPU_S = {256: 149, 512: 110, 1024: 75}
 """The same with SimCLR's two further views of each image, whose colours and blur take most of the time."""
 JPEG_BYTES_PER_PX = {256: 0.2047, 512: 0.1503, 1024: 0.1199}
 """Of the images of that record."""

@@ -139,8 +139,8 @@ def test_rates_of_data_are_those_of_the_record(task, rates):
 def test_views_of_simclr_take_the_loaders_longer():
     simclr = plan(load_config(ROOT / "configs/slip.yaml"), 64, load_device("h100"), Assumptions())
     cores = min(simclr.num_loaders, simclr.cpu_cores)
-    assert simclr.terms.data == pytest.approx(simclr.share / (cores * 74))
-    assert simclr.cpu_cores_needed == pytest.approx(simclr.share / simclr.busy_s / 74)
+    assert simclr.terms.data == pytest.approx(simclr.share / (cores * 110))
+    assert simclr.cpu_cores_needed == pytest.approx(simclr.share / simclr.busy_s / 110)
 
 
 def test_devices_have_sources_and_a_misspelt_one_a_hint():
