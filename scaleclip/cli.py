@@ -137,12 +137,10 @@ def _train(config: str, overrides: list[str] | None, ranks: int, profile: bool =
 
 
 def _show(folder: Path) -> None:
-    from rich.console import Console
-
     from scaleclip.evaluation.results import finished_step, read_results
-    from scaleclip.report.console import results_table
+    from scaleclip.report.console import results_table, wide_console
 
     figures = read_results(folder)
     if figures:
-        Console().print(results_table(f"{folder}, step {finished_step(folder):,}", figures))
+        wide_console().print(results_table(f"{folder}, step {finished_step(folder):,}", figures))
     typer.echo(f"Run folder: {folder} (metrics.jsonl, results.json, checkpoints/)")

@@ -256,7 +256,10 @@ def named_architecture(name: str) -> ModelConfig:
     """
     plain = name.removesuffix(_QUICK_GELU)
     by_name = {preset.replace("/", "-"): preset for preset in preset_names()}
-    tree = _preset(by_name.get(plain, plain))
+    try:
+        tree = _preset(by_name.get(plain, plain))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.preset=", "--architecture=", 1)) from None
     if plain != name:
         act = {"config": {"hidden_act": "quick_gelu"}}
         tree = deep_update(tree, {"image": act, "text": act})

@@ -26,7 +26,9 @@ def evaluate(
         ),
     ],
     suite: Annotated[str | None, typer.Option(help="A suite of configs/suites.yaml, or a YAML file of one's own.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder or URL below which the suite's data sets lie.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder or URL below which the suite's data sets lie; none: eval.data, `data`.")
+    ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Descriptions of held-out splits.")] = None,
     against: Annotated[str | None, typer.Option(help="A system of configs/targets.yaml to hold the figures against.")] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out data sets that are not there.")] = False,
@@ -53,12 +55,11 @@ def evaluate(
     if out and out.resolve().is_relative_to(Path(reference).resolve()):
         raise ConfigError(f"--out={out} lies in {reference}, whose files say which model it is: name another folder")
     start_ranks(ranks)
-    from rich.console import Console
-
     from scaleclip import distributed, evaluate_run
     from scaleclip.config_io import named_architecture
     from scaleclip.data.cache import ShardCache
     from scaleclip.evaluation.targets import load_target
+    from scaleclip.report.console import wide_console
 
     target = load_target(against) if against else None
     world = distributed.init(timeout=distributed.PATIENT)
@@ -70,7 +71,7 @@ def evaluate(
     own, cache = evaluate_run.own_config(run)
     asked: dict[str, Any] = {"suite": suite, "splits": tuple(split or ())} if suite or split else {}
     asked |= {name: value for name, value in (("data", data), ("batch", batch)) if value is not None}
-    console = Console(quiet=not world.is_main)
+    console = wide_console(quiet=not world.is_main)
     clock = time.perf_counter()
 
     def on_done(name: str, number: int, count: int) -> None:
@@ -109,12 +110,13 @@ def _show(console: "Console", session: "Session", evaluated: "Evaluated", target
     from scaleclip.evaluation.targets import targets_table
     from scaleclip.report.console import results_table
 
-    subject = evaluated.subject
+    subject, folder = evaluated.subject, session.folder(evaluated.subject)
     console.print(
         results_table(subject.reference + ("" if subject.step is None else f", step {subject.step:,}"), evaluated.figures)
     )
+    if folder:
+        console.print(f"kept in {folder}", highlight=False)
     if target:
-        folder = session.folder(subject)
         # those of other suites too, this one's means first
         known = [*evaluated.figures, *(read_saved(folder, subject.identity) if folder else ())]
         console.print(targets_table(target, known))

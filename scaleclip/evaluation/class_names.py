@@ -10,6 +10,7 @@ from scaleclip.errors import ConfigError
 from scaleclip.evaluation.labelled import LabelledImages
 
 _PLACE = "{}"
+_EXAMPLES = {"classnames.txt": "", "zeroshot_classification_templates.txt": ", such as `a photo of a {c}.`"}
 # names of the papers' tables that clip-benchmark has another word for; signs and case make no difference
 _OTHER_NAMES = {"imagenet": "imagenet1k", "aircraft": "fgvcaircraft", "stanfordcars": "cars", "flowers102": "flowers"}
 
@@ -94,8 +95,8 @@ def _look_up(dataset: str, known: Mapping[str, Sequence[str]], file: str) -> Seq
     key = _key(dataset, known)
     if key is None:
         raise ConfigError(
-            f"data set {dataset}: clip-benchmark has none of its {file.removesuffix('.txt')}: write {file} beside the images, "
-            f"one a line, or use a name that it has: {', '.join(sorted(known))}"
+            f"data set {dataset}: clip-benchmark has none of its {file.removesuffix('.txt')}: write {file} into the data set's "
+            f"folder, one a line{_EXAMPLES[file]}; or set `prompts:` of the data set to one of {', '.join(sorted(known))}"
         )
     return known[key]
 

@@ -50,10 +50,12 @@ def evaluate_few_shot(
     found = encode_features(encoder, data, "embedding", features)
     members = _members(found.label_N, shots + queries)
     num_classes = len(torch.unique(found.label_N))
+    if num_classes < ways:
+        raise RunError(few_classes(data.name, num_classes, ways))
     if len(members) < ways:
         raise RunError(
             f"data set {data.name}: {len(members)} of {num_classes} classes have the {shots} + {queries} images that an "
-            f"episode needs of each of {ways}: ask for fewer, or take a split with more images"
+            f"episode needs of each of {ways}: ask for fewer shots or queries, or take a split with more images"
         )
     if len(members) < num_classes:
         left_out = num_classes - len(members)
@@ -66,6 +68,11 @@ def evaluate_few_shot(
     half = _NORMAL_95 * float(accuracy_P.std()) / episodes**0.5 if episodes > 1 else 0.0
     name, chance = f"{ways}-way {shots}-shot", 1 / ways
     return [Figure(data.name, name, mean, chance, chance, max(0.0, mean - half), min(1.0, mean + half))]
+
+
+def few_classes(name: str, num_classes: int, ways: int) -> str:
+    """What is wrong with a data set of too few classes."""
+    return f"data set {name} has {num_classes} classes, and an episode {ways}: set `ways: {num_classes}` or fewer in the suite"
 
 
 def draw_episodes(members: list[Tensor], ways: int, images: int, episodes: int, seed: int) -> Tensor:

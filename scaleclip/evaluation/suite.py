@@ -207,11 +207,13 @@ def _zero_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequ
 
 
 def _few_shot(task: TaskConfig, name: str, dataset: DatasetConfig, placed: Sequence[str], cache: ShardCache) -> _Opened:
-    from scaleclip.evaluation.few_shot import evaluate_few_shot
+    from scaleclip.evaluation.few_shot import evaluate_few_shot, few_classes
     from scaleclip.evaluation.labelled import open_labelled
 
     assert isinstance(task, FewShotConfig)
     data = open_labelled(name, placed[0], cache)
+    if data.class_names is not None and len(data.class_names) < task.ways:
+        raise ConfigError(few_classes(name, len(data.class_names), task.ways))
     options = task.model_dump(include={"ways", "shots", "queries", "episodes", "seed"})
 
     def measure(encoder: Encoder, features: Path | None) -> list[Figure]:
@@ -224,7 +226,8 @@ def _linear_probe(task: TaskConfig, name: str, dataset: DatasetConfig, placed: S
     from scaleclip.evaluation.labelled import open_labelled
     from scaleclip.evaluation.linear_probe import evaluate_linear_probe
 
-    test, train, *more = splits = [open_labelled(name, path, cache) for path in placed]
+    parts = (name, f"{name} (train)", f"{name} (validation)")
+    test, train, *more = splits = [open_labelled(part, path, cache) for part, path in zip(parts, placed, strict=False)]
     validation = more[0] if more else None
 
     def measure(encoder: Encoder, features: Path | None) -> list[Figure]:

@@ -200,7 +200,9 @@ def _parse(file: str, section: type[Any], tree: Any, key: str) -> Any:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as suites: {error.strerror}") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} cannot be read as suites: {error}") from None
     parts = ("datasets", "suites")
     strange = set(tree) - set(parts) if isinstance(tree, dict) else {type(tree).__name__}

@@ -91,21 +91,16 @@ def beside(figures: Sequence[Figure], target: Target | None) -> list[Compared]:
 
 def targets_table(target: Target, figures: Sequence[Figure]) -> Table:
     """Reported figures beside the measured ones, in per cent."""
-    table = Table(title=f"against {target.system}: {target.source}", title_justify="left", caption_justify="left")
+    table = Table(title=f"against {target.system}: {target.source}", title_justify="left")
     for column in ("data set", "figure"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True, overflow="fold")
     for column in ("expected", "measured", "difference", "95 %"):
         table.add_column(column, justify="right")
     table.add_column("source")
-    absent = []
     for reported, each in zip(target.figures, compare(target, figures), strict=True):
         columns = ["not measured", "", ""]
-        if each.measured is None or each.difference is None:
-            absent.append(f"{reported.metric} of {reported.dataset}")
-        else:
+        if each.measured is not None and each.difference is not None:
             columns = [f"{100 * each.measured.value:.2f}", f"{each.difference:+.2f}", each.measured.interval]
         where = reported.where + (f" ({reported.checked})" if reported.checked else "")
         table.add_row(reported.dataset, reported.metric, f"{reported.percent:.2f}", *columns, where)
-    if absent:
-        table.caption = f"without a measured figure: {', '.join(dict.fromkeys(absent))}"
     return table

@@ -21,6 +21,7 @@ from scaleclip.models.timm_towers import TIMM, default_pool, default_size, unkno
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # LayerNorm's own, which open_clip takes where it is told nothing
 _EPS = 1e-5
+_CLIP_TOKENS = 49408
 _HEAD_WIDTH = 64
 # ours -> whether open_clip's quick_gelu, and arguments of GELU
 _ACTIVATIONS: dict[str, tuple[bool, dict[str, str]]] = {
@@ -117,6 +118,12 @@ def guessed_cfg(weights: Weights, quick_gelu: bool, reference: str) -> dict[str,
                 f"{CONFIG} beside it"
             )
     width, _, _, patch_size = shapes["visual.conv1.weight"]
+    num_tokens = shapes[f"{prefix}token_embedding.weight"][0]
+    if num_tokens != _CLIP_TOKENS:
+        raise ConfigError(
+            f"{reference} does not say which tokenizer it has: it knows {num_tokens:,} tokens, CLIP's has {_CLIP_TOKENS:,}; "
+            f"name --architecture, or put open_clip's {CONFIG} beside it"
+        )
     text_width = shapes[f"{prefix}ln_final.weight"][0]
     grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
 
@@ -135,7 +142,7 @@ def guessed_cfg(weights: Weights, quick_gelu: bool, reference: str) -> dict[str,
         },
         "text_cfg": {
             "context_length": shapes[f"{prefix}positional_embedding"][0],
-            "vocab_size": shapes[f"{prefix}token_embedding.weight"][0],
+            "vocab_size": num_tokens,
             "width": text_width,
             "heads": text_width // _HEAD_WIDTH,
             "layers": num_layers(f"{prefix}transformer.resblocks."),
@@ -278,7 +285,7 @@ def _text_section(cfg: Mapping[str, Any], quick: bool, reference: str) -> dict[s
         raise ConfigError(f"{reference} has text_cfg.width={width}, no multiple of heads={heads}: mend one")
     values = _layer_values(cfg, width, quick, "text_cfg", reference)
     values |= {"num_attention_heads": heads, "max_position_embeddings": length}
-    size = cfg.get("vocab_size", 49408)
+    size = cfg.get("vocab_size", _CLIP_TOKENS)
     pooling, causal, bias = cfg.get("pool_type", "argmax"), not cfg.get("no_causal_mask"), bool(cfg.get("proj_bias"))
     end_id = cfg.get("eos_id", 2) if pooling == "eos" else size - 1
     values |= {"vocab_size": size, "bos_token_id": end_id - 1, "eos_token_id": end_id, "pad_token_id": cfg.get("pad_id", 0)}
