@@ -88,7 +88,7 @@ def score(
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".joined-", dir=folder))
             made = join_tables(listed, reader, out, text, Path(scratch), key_column=table_key, sample_key=by)
         else:
-            made = open_made_texts(Path(out), listed.names)
+            made = open_made_texts(Path(out), listed)
             folder.mkdir(parents=True, exist_ok=True)
         original, members = against_text or made.origin.text or "txt", tuple(image) if image else SourceConfig().image
         wanted = Wanted(listed, reader, original, members, limit, pairs, seed)

@@ -138,6 +138,11 @@ def file_names(shards: Sequence[str]) -> list[str]:
     return names
 
 
+def parquet_key(key: str) -> str:
+    """A sample's key as a Parquet file has it: one from a file's name may hold half a surrogate pair, which UTF-8 cannot."""
+    return key.encode(errors="replace").decode()
+
+
 def origins(manifest: Manifest, names: Sequence[str]) -> dict[str, ShardOrigin]:
     """Which shard each file is of, by the name of the file, in the order of the manifest."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:

@@ -1,17 +1,18 @@
 """The folder of a captions job without a language model: texts by a rule, some of them unfit."""
 
-import json
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scaleclip.captioning import journal
+from scaleclip.captioning.folder import CaptionFolder
 from scaleclip.config import CacheConfig
 from scaleclip.data.cache import ShardCache
-from scaleclip.data.sidecar import sidecar_path, write_rows
 from scaleclip.data.source import open_shards
-from scaleclip.shard_folder import file_names
+from scaleclip.shard_folder import file_names, origins
 
 Made = tuple[str, str | None]
 ADJECTIVES = ("small", "bright", "plain", "round", "quiet", "old")
@@ -26,43 +27,41 @@ def write_job(
     complete: bool = True,
     skip: tuple[int, ...] = (),
 ) -> Path:
-    """Write texts, sidecar and manifest.
+    """Write a job's folder, by what a job writes it with.
 
     Args:
-        out: folder of the job.
+        out: the folder, a new one.
         shards: pattern of tars.
         make: from a sample's number, key and caption to (text, reason) by source.
         task: of the job.
         complete: whether it is.
         skip: shards that have no texts.
     """
-    manifest, reader = open_shards("--data", [shards], None, ShardCache(CacheConfig(folder=str(out / "cache"))))
-    number = 0
-    for shard, (name, file) in enumerate(zip(manifest.names, file_names(manifest.names), strict=True)):
-        keys, rows = reader.keys(shard), []
-        for ordinal, key in enumerate(keys):
-            caption = reader(shard, ordinal).members.get("txt", b"").decode()
-            rows += [(key, source, *made) for source, made in make(number, key, caption).items()]
-            number += 1
+    manifest, reader = open_shards("--data", [shards], None, ShardCache(CacheConfig(folder=str(out.parent / "cache"))))
+    names, number = file_names(manifest.names), itertools.count()
+    made = list[list[journal.Made]]()
+    for shard in range(len(names)):
+        made.append([])
+        for ordinal, key in enumerate(reader.keys(shard)):
+            caption = reader(shard, ordinal).members.get("txt", b"").decode(errors="replace")
+            for source, (text, reason) in make(next(number), key, caption).items():
+                made[-1].append(journal.Made(ordinal, key, source, text, reason, len(text.split())))
+    sources = list(dict.fromkeys(row.source for rows in made for row in rows))
+    made_by = {"prompt": "p", "model": "a rule of the tests", "seed": 0}
+    folder, of_shard = CaptionFolder(out, sources, {"task": task, "text": "txt"}, made_by, 1), origins(manifest, names)
+    folder.begin(of_shard)
+    for shard, name in enumerate(names):
         if shard not in skip:
-            write_texts(out / "texts" / f"{file}.parquet", rows)
-            sources = list(dict.fromkeys(source for _, source, *_ in rows))
-            fit = {(key, source): text for key, source, text, reason in rows if reason is None}
-            columns = {source: pa.array([fit.get((key, source)) for key in keys], pa.string()) for source in sources}
-            write_rows(sidecar_path(out / "sidecar", name), keys, pa.RecordBatch.from_pydict(columns))
-    said = {"task": task, "model": "a rule of the tests", "complete": complete, "text": "txt"}
-    (out / "manifest.json").write_text(json.dumps(said))
+            folder.write(name, manifest.names[shard], reader.keys(shard), made[shard], of_shard[name])
+    if complete:
+        folder.complete(folder.summary(names))
     return out
 
 
-def write_texts(path: Path, rows: list[tuple[str, str, str, str | None]]) -> None:
-    """A file of texts from (key, source, text, reason)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys, sources, texts, reasons = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
-    strings = {"key": keys, "source": sources, "text": texts, "reason": reasons, "prompt": ["p"] * len(rows)}
-    table = {name: pa.array(values, pa.string()) for name, values in strings.items()}
-    table |= {"model": pa.array(["rule"] * len(rows), pa.string()), "seed": pa.array([0] * len(rows), pa.int64())}
-    pq.write_table(pa.table(table | {"tokens": pa.array([1] * len(rows), pa.int32())}), path)
+def replace_texts(path: Path, rows: list[tuple[str, str, str, str | None]]) -> None:
+    """Give a shard's file other texts: (key, source, text, reason)."""
+    named = [dict(zip(("key", "source", "text", "reason"), row, strict=True)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(named, pq.read_schema(path)), path)
 
 
 def by_rule(number: int, key: str, caption: str) -> dict[str, Made]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from scaleclip.captioning.journal import Made
 from scaleclip.data.sidecar import sidecar_path, write_rows
 from scaleclip.errors import RunError
-from scaleclip.shard_folder import ShardFolder, ShardOrigin
+from scaleclip.shard_folder import ShardFolder, ShardOrigin, parquet_key
 
 TEXTS, SIDECAR, PARTIAL, PROGRESS = "texts", "sidecar", "partial", "progress"
 _COLUMNS = pa.schema(
@@ -115,7 +115,7 @@ class CaptionFolder:
                 fit[row.source][row.ordinal] = row.text
         texts = [pa.array(fit[source], pa.large_string()) for source in self._sources]
         columns = {
-            "key": [row.key.encode(errors="replace").decode() for row in rows],
+            "key": [parquet_key(row.key) for row in rows],
             "source": [row.source for row in rows],
             "text": [row.text for row in rows],
             "reason": [row.reason for row in rows],

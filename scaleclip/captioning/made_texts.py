@@ -8,11 +8,12 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scaleclip.captioning.folder import SIDECAR, TEXTS
+from scaleclip.data.manifest import Manifest
 from scaleclip.data.sidecar import Sidecar, sidecar_path
 from scaleclip.errors import ConfigError, RunError
-from scaleclip.shard_folder import file_names
+from scaleclip.shard_folder import MANIFEST, ShardFolder, file_names, origins, parquet_key
 
-MANIFEST, TEXTS, SIDECAR = "manifest.json", "texts", "sidecar"
 _COLUMNS = ["key", "source", "text", "reason"]
 
 
@@ -62,16 +63,17 @@ class MadeTexts(Protocol):
         """Those of shard `shard`, or None where its file is missing.
 
         Raises:
+            ConfigError: the file is of another shard of the same name, or not of a captions job.
             RunError: the file is damaged.
         """
 
 
-def open_made_texts(folder: Path, shards: Sequence[str]) -> MadeTexts:
+def open_made_texts(folder: Path, manifest: Manifest) -> MadeTexts:
     """What lies in a job's folder, or in a sidecar's.
 
     Args:
         folder: of either.
-        shards: names of the shards, as in their manifest.
+        manifest: the samples' shards.
 
     Raises:
         ConfigError: it is neither, or has no file for any of the shards.
@@ -79,9 +81,9 @@ def open_made_texts(folder: Path, shards: Sequence[str]) -> MadeTexts:
     if not folder.is_dir():
         raise ConfigError(f"OUT={folder} is no folder: give that of a captions job or of a sidecar, or tables with --text")
     if (folder / TEXTS).is_dir():
-        return _JobTexts(folder, shards)
+        return _JobTexts(folder, manifest)
     if any(folder.rglob("*.arrow")):
-        return SidecarTexts(folder, shards, Origin(sidecar=str(folder.absolute())))
+        return SidecarTexts(folder, manifest.names, Origin(sidecar=str(folder.absolute())))
     raise ConfigError(
         f"OUT={folder} holds neither {TEXTS}/*.parquet of a captions job nor the *.arrow of `scaleclip data sidecar`: give "
         f"such a folder, or tables with --text"
@@ -123,20 +125,22 @@ class _SidecarShard(NamedTuple):
 
 
 class _JobTexts:
-    def __init__(self, folder: Path, shards: Sequence[str]) -> None:
-        self._files = [folder / TEXTS / f"{name}.parquet" for name in file_names(shards)]
-        if not any(file.exists() for file in self._files):
-            others = sorted((folder / TEXTS).glob("[!.]*.parquet"))
-            there = f"there is {others[0].name}" if others else "there is none at all"
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = ShardFolder(folder, TEXTS, [], "texts", {})
+        self._names = file_names(manifest.names)
+        there = sorted(self._folder.finished())
+        if not set(self._names) & set(there):
+            example = f"there is {self._folder.file(there[0]).name}" if there else "there is none at all"
             raise ConfigError(
-                f"OUT={folder} has no texts of these shards: {self._files[0].name} and so on are wanted, {there}: give --data "
-                f"as the job had it, or wait for its first shard"
+                f"OUT={folder} has no texts of these shards: {self._folder.file(self._names[0]).name} and so on are wanted, "
+                f"{example}: give --data as the job had it, or wait for its first shard"
             )
-        manifest = folder / MANIFEST
+        self._origins = origins(manifest, self._names)
+        path = folder / MANIFEST
         try:
-            said = json.loads(manifest.read_text()) if manifest.exists() else {}
+            said = json.loads(path.read_text()) if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{manifest} cannot be read: {error}") from None
+            raise ConfigError(f"{path} cannot be read: {error}") from None
         sidecar = str((folder / SIDECAR).absolute()) if (folder / SIDECAR).is_dir() else ""
         self.origin = Origin(
             task=str(said.get("task") or ""),
@@ -147,8 +151,10 @@ class _JobTexts:
         )
 
     def open(self, shard: int) -> ShardTexts | None:
-        path = self._files[shard]
+        name = self._names[shard]
+        path = self._folder.file(name)
         try:
+            noted = self._folder.notes(name)[1].get("shard", {})
             with pq.ParquetFile(path) as file:
                 missing = sorted(set(_COLUMNS) - set(file.schema_arrow.names))
                 table = file.read(_COLUMNS)
@@ -158,6 +164,18 @@ class _JobTexts:
             raise RunError(f"{path} cannot be read: {error}: delete it, and start its job again") from None
         if missing:
             raise ConfigError(f"{path} has no column {missing[0]!r}: it is not of a captions job; give tables with --text")
+        origin = self._origins[name]
+        # not by the path: a shard may lie elsewhere by now
+        differing = [
+            f"{figure}: {noted[figure]:,} there, {now:,} now"
+            for figure, now in (("samples", origin.samples), ("num_bytes", origin.num_bytes))
+            if now is not None and noted.get(figure) not in (None, now)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{path} has texts of another shard of that name, made of {noted['path']}, --data now has {origin.path} "
+                f"({'; '.join(differing)}): give --data and --manifest as the job had them"
+            )
         found: dict[str, dict[str, MadeText]] = {}
         for key, source, text, reason in zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True):
             # of two samples with one key both have the first's texts
@@ -169,12 +187,7 @@ class _JobShard(NamedTuple):
     texts: Mapping[str, Mapping[str, MadeText]]
 
     def num_unknown(self, keys: Sequence[str]) -> int:
-        return sum(len(self.texts[key]) for key in self.texts.keys() - set(map(_stored, keys)))
+        return sum(len(self.texts[key]) for key in self.texts.keys() - set(map(parquet_key, keys)))
 
     def of(self, ordinal: int, key: str) -> Mapping[str, MadeText]:
-        return self.texts.get(_stored(key), {})
-
-
-def _stored(key: str) -> str:
-    """A key as Parquet has it, which takes no half of a surrogate pair."""
-    return key.encode(errors="replace").decode()
+        return self.texts.get(parquet_key(key), {})

@@ -13,6 +13,8 @@ from scaleclip.captioning.scored import Score, Shown, SourceFigures
 from scaleclip.captioning.words import distinct, spread, vocabulary, words
 from scaleclip.evaluation.encoder import Encoder
 
+DISTINCT_OF = 1000
+"""Fewest words of a source's sample of which distinct-n says something."""
 _HUNDREDTH = 0.01
 _Found = Mapping[tuple[int, int], Cosines | str]
 """By shard and ordinal: cosines, or why there are none."""
@@ -29,7 +31,7 @@ def score(made: MadeTexts, wanted: Wanted, encoder: Encoder | None, model: str, 
         show: is told how far it is.
 
     Raises:
-        ConfigError: none of the texts is of one of the samples.
+        ConfigError: none of the texts is of one of the samples, or a file's are of another shard of the same name.
         RunError: a file of texts is damaged.
     """
     passed = Pass(made, wanted, show)
@@ -82,9 +84,9 @@ def _figures(passed: Pass, near: Mapping[str, Nearness | None]) -> _Texts:
     drawn = passed.drawn.items()
     texts = {name: _words_of(name, drawn) for name in passed.sources}
     texts[ORIGINAL] = [words(seen.original) for seen in drawn if seen.original]
-    totals = [sum(map(len, some)) for some in texts.values()]
-    # of as many words of each: distinct-n falls with their number
-    num_words = min((total for total in totals if total), default=0)
+    totals = {name: sum(map(len, some)) for name, some in texts.items()}
+    # of as many words of each, since distinct-n falls with their number; a source of a few words would decide for all
+    num_words = min((total for total in totals.values() if total >= DISTINCT_OF), default=0)
     originals = vocabulary(texts[ORIGINAL])
 
     def of(name: str, counts: Counts) -> SourceFigures:
@@ -99,7 +101,7 @@ def _figures(passed: Pass, near: Mapping[str, Nearness | None]) -> _Texts:
             characters=spread(counts.characters),
             vocabulary=len(own),
             growth=len(own - originals) / len(originals) if originals and name != ORIGINAL else None,
-            distinct=distinct(texts[name], num_words) if own else (),
+            distinct=distinct(texts[name], num_words) if totals[name] >= DISTINCT_OF else (),
             changed=counts.changed / counts.pairs if counts.pairs else None,
             jaccard=spread(counts.hundredths, _HUNDREDTH),
             nearness=near.get(name),

@@ -29,7 +29,7 @@ class SourceFigures(NamedTuple):
     growth: float | None
     """Words of the sample's texts that no original of it has, as a share of the originals' vocabulary."""
     distinct: tuple[float, ...]
-    """Distinct-n for n in words.DISTINCT, of the sample."""
+    """Distinct-n for n in words.DISTINCT, of the sample; none where it has too few words."""
     changed: float | None
     """Share of texts whose words are not their original's."""
     jaccard: Spread | None
@@ -77,7 +77,7 @@ class Score(NamedTuple):
     sampled: int
     """Samples of which vocabulary and distinct-n are."""
     num_words: int
-    """Words of each source that distinct-n is of."""
+    """Words of each source that distinct-n is of; 0 where every source has too few."""
     model: str
     """Under which cosines are; empty for none."""
     model_samples: int

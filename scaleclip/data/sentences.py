@@ -12,8 +12,9 @@ from sentencex import segment
 _LANGUAGE = "en"
 _LINE_END = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
 _LETTER = re.compile(r"[^\W\d_]")
-# a bracketed sentence in front, of two words or more, which sentencex leaves with the next one
-_BRACKETED = re.compile(r"([(\[][^()\[\]]*\s[^()\[\]]*[.!?\u2026][)\]])\s+(?=\S)")
+# brackets in front; what is in them is looked at apart, since an expression for all of it takes quadratic time
+_BRACKETED = re.compile(r"([(\[]([^()\[\]]*+)[)\]])\s+(?=\S)")
+_STOPS = (".", "!", "?", "\u2026")
 
 
 def sentences(text: str) -> list[str]:
@@ -32,8 +33,13 @@ def sentences(text: str) -> list[str]:
 
 
 def _unbracketed(sentence: str) -> Iterator[str]:
-    while bracketed := _BRACKETED.match(sentence):
+    """A bracketed sentence in front, of two words or more, is one by itself: sentencex leaves it with the next one."""
+    while (bracketed := _BRACKETED.match(sentence)) and _is_sentence(bracketed[2]):
         yield bracketed[1]
         sentence = sentence[bracketed.end() :]
     if sentence:
         yield sentence
+
+
+def _is_sentence(content: str) -> bool:
+    return content.endswith(_STOPS) and any(map(str.isspace, content))

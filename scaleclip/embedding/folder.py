@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from scaleclip.config import ModelConfig
 from scaleclip.data.read_ahead import BadSample
 from scaleclip.files import write_atomic
 from scaleclip.models.dual_encoder import DualEncoder
-from scaleclip.shard_folder import ShardFolder, ShardOrigin
+from scaleclip.models.tensor_digest import tensor_digest
+from scaleclip.shard_folder import ShardFolder, ShardOrigin, parquet_key
 
 FEATURES, FAULTS = "features", "faults"
 DType = Literal["float32", "float16"]
@@ -88,7 +88,7 @@ class FeatureFolder:
             write_atomic(faults, "".join(json.dumps(each._asdict()) + "\n" for each in bad))
         else:
             faults.unlink(missing_ok=True)
-        columns = {"key": pa.array([key.encode(errors="replace").decode() for key in keys], pa.string())}
+        columns = {"key": pa.array([parquet_key(key) for key in keys], pa.string())}
         for column, values_NE in features.items():
             values = pa.array(values_NE.numpy().astype(self._dtype).reshape(-1))
             columns[column] = pa.FixedSizeListArray.from_arrays(values, values_NE.shape[1])
@@ -110,11 +110,7 @@ class FeatureFolder:
 
 def weights_digest(model: DualEncoder) -> str:
     """A digest of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return tensor_digest(sorted(model.state_dict().items()))
 
 
 def architecture_digest(config: ModelConfig) -> str:

@@ -1,6 +1,5 @@
 """A model as evaluations see it."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 from scaleclip.data.tokenizer import Tokenizer
 from scaleclip.evaluation.over_ranks import encode_over_ranks
 from scaleclip.models.dual_encoder import DualEncoder
+from scaleclip.models.tensor_digest import tensor_digest
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class Encoder:
     def image_digest(self) -> str:
         """Of all that image features depend on but the images: weights, and how the tower is built, fed and pooled."""
         image = self.model.image
-        digest = hashlib.sha256(image.body.config.to_json_string().encode())
-        digest.update(repr((image.pooling, self.model.pixel_mean, self.model.pixel_std)).encode())
-        for name, value in (*image.state_dict().items(), *self.model.image_projection.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        about = image.body.config.to_json_string() + repr((image.pooling, self.model.pixel_mean, self.model.pixel_std))
+        return tensor_digest((*image.state_dict().items(), *self.model.image_projection.state_dict().items()), about)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Scores of made texts are what a look at all of them finds, and whatever cannot be scored is counted or said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from captions_job import by_rule, write_job, write_texts
+from captioning_rank_jobs import rewriting, write
+from captions_job import by_rule, replace_texts, write_job
 from evaluation_models import tiny_encoder
 from helpers import make_sample, write_tar
 from scaleclip.captioning import reading
@@ -27,11 +29,11 @@ from scaleclip.evaluation.encoder import Encoder
 from scaleclip.evaluation.pixels import centre_square
 
 NUM_SAMPLES = 32  # of the four shards
+DISTINCT_OF = "scaleclip.captioning.score.DISTINCT_OF"
 
 
 @pytest.fixture
 def job(shards, tmp_path) -> Path:
-    (tmp_path / "out").mkdir()
     return write_job(tmp_path / "out", f"{shards}/*.tar", by_rule)
 
 
@@ -41,7 +43,7 @@ def wanted(shards: Path, cache: ShardCache, **changes) -> Wanted:
 
 
 def score_of(out: Path, wanted: Wanted, encoder: Encoder | None = None) -> Score:
-    made = open_made_texts(out, wanted.manifest.names)
+    made = open_made_texts(out, wanted.manifest)
     return score(made, wanted, encoder, "tiny" if encoder else "", lambda *_: None)
 
 
@@ -50,10 +52,11 @@ def rows(job: Path) -> list[dict]:
     return pq.read_table(job / "texts").to_pylist()
 
 
-def test_figures_are_those_of_the_texts(job, shards, cache):
+def test_figures_are_those_of_the_texts(job, shards, cache, monkeypatch):
+    monkeypatch.setattr(DISTINCT_OF, 100)
     told = []
     source = wanted(shards, cache)
-    found = score(open_made_texts(job, source.manifest.names), source, None, "", lambda *each: told.append(each))
+    found = score(open_made_texts(job, source.manifest), source, None, "", lambda *each: told.append(each))
     assert (found.shards, found.samples, found.missing_shards, found.unknown_rows, found.bad_samples) == (4, 32, 0, 0, {})
     assert told[-1] == ("reading", NUM_SAMPLES, NUM_SAMPLES)
     original = {f"{number:09d}": f"a picture of thing {number}" for number in range(NUM_SAMPLES)}
@@ -147,7 +150,22 @@ def test_memory_holds_a_sample(job, shards, cache, monkeypatch):
     assert found.original.vocabulary == 4 + 7
 
 
-def test_faults_of_samples_are_counted(job, shards, cache, tmp_path):
+def test_a_source_of_a_few_words_does_not_decide_for_the_others(shards, cache, tmp_path, monkeypatch):
+    def make(number, key, caption):
+        return by_rule(number, key, caption) | ({"rare": ("one", None)} if number == 0 else {})
+
+    job = write_job(tmp_path / "out", f"{shards}/*.tar", make)
+    few = score_of(job, wanted(shards, cache))
+    assert (few.num_words, {each.distinct for each in (few.original, *few.sources)}) == (0, {()})
+    monkeypatch.setattr(DISTINCT_OF, 100)
+    found = score_of(job, wanted(shards, cache))
+    human, mscoco, rare = found.sources
+    assert found.num_words == min(each.words.mean * each.usable for each in (found.original, human, mscoco))
+    assert len(found.original.distinct) == len(human.distinct) == len(mscoco.distinct) == 3
+    assert (rare.distinct, rare.vocabulary) == ((), 1)
+
+
+def test_faults_of_samples_are_counted(shards, cache, tmp_path):
     samples = [
         make_sample(9, jpg=b"no image"),
         make_sample(10, txt=b" "),
@@ -155,6 +173,7 @@ def test_faults_of_samples_are_counted(job, shards, cache, tmp_path):
         make_sample(12, txt=b"\xff"),
     ]
     write_tar(shards / "00001.tar", samples)
+    job = write_job(tmp_path / "out", f"{shards}/*.tar", by_rule)
     found = score_of(job, wanted(shards, cache), tiny_encoder(tmp_path))
     assert found.original.reasons == {"empty_caption": 1, "undecodable_text": 1}
     assert found.original.usable == NUM_SAMPLES - 2
@@ -168,8 +187,20 @@ def test_faults_of_samples_are_counted(job, shards, cache, tmp_path):
     assert found.sources[1].jaccard.p5 > 0
 
 
+def test_what_a_model_made_is_scored_as_its_job_counted_it(llama, shards, tmp_path, cache):
+    out = tmp_path / "out"
+    write(rewriting(llama, max_tokens=24), shards, out)
+    found = score_of(out, wanted(shards, cache))
+    manifest = json.loads((out / "manifest.json").read_text())
+    counted = {each.name: (each.rows, each.usable, dict(each.reasons)) for each in found.sources}
+    assert counted == {name: (NUM_SAMPLES, each["fit"], each["reasons"]) for name, each in manifest["by_source"].items()}
+    assert (found.samples, found.missing_shards, found.unknown_rows, found.bad_samples) == (NUM_SAMPLES, 0, 0, {})
+    assert found.origin == ("rewrite", "tiny", True, str(out / "sidecar"), "txt", 0)
+    in_sidecar = score_of(out / "sidecar", wanted(shards, cache))
+    assert [each.usable for each in in_sidecar.sources] == [each.usable for each in found.sources]
+
+
 def test_a_job_that_goes_on_is_scored_as_far_as_it_is(shards, tmp_path, cache):
-    (tmp_path / "out").mkdir()
     job = write_job(tmp_path / "out", f"{shards}/*.tar", by_rule, complete=False, skip=(1, 3))
     (job / "texts" / ".00001.parquet.77").write_bytes(b"cut short")
     found = score_of(job, wanted(shards, cache))
@@ -180,14 +211,21 @@ def test_a_job_that_goes_on_is_scored_as_far_as_it_is(shards, tmp_path, cache):
 def test_rows_of_unknown_keys_and_samples_without_rows_are_counted(job, shards, cache):
     file = job / "texts" / "00000.parquet"
     kept = [tuple(row.values())[:4] for row in pq.read_table(file).to_pylist() if row["key"] != f"{2:09d}"]
-    write_texts(file, [*kept, ("strange", "human", "a text", None), ("strange", "mscoco", "a text", None)])
+    replace_texts(file, [*kept, ("strange", "human", "a text", None), ("strange", "mscoco", "a text", None)])
     found = score_of(job, wanted(shards, cache))
     assert found.unknown_rows == 2
     assert [(each.rows, each.missing) for each in found.sources] == [(NUM_SAMPLES - 1, 1)] * 2
 
 
+def test_a_key_need_not_be_utf8(shards, tmp_path, cache):
+    key = "image-\udcff"  # as a tar's names are read
+    write_tar(shards / "00000.tar", [(key, make_sample(0)[1])])
+    found = score_of(write_job(tmp_path / "out", f"{shards}/*.tar", by_rule), wanted(shards, cache))
+    assert (found.unknown_rows, [each.missing for each in found.sources]) == (0, [0, 0])
+    assert set(next(shown.texts for shown in found.sheet if shown.key == key)) == {"human", "mscoco"}
+
+
 def test_recaptions_are_one_source(shards, tmp_path, cache):
-    (tmp_path / "out").mkdir()
     make = lambda number, key, caption: {"recaption": ("", "bad_image") if number == 5 else (f"There is {caption}.", None)}  # noqa: E731
     job = write_job(tmp_path / "out", f"{shards}/*.tar", make, task="recaption")
     found = score_of(job, wanted(shards, cache))
@@ -197,7 +235,6 @@ def test_recaptions_are_one_source(shards, tmp_path, cache):
 
 def test_mds_has_the_figures_of_the_tars_that_it_was_made_of(job, shards, cache, tmp_path):
     list(to_mds(sorted(map(str, shards.glob("*.tar"))), tmp_path / "mds", cache, workers=1))
-    (tmp_path / "of-mds").mkdir()
     other = write_job(tmp_path / "of-mds", f"{tmp_path}/mds/index.json", by_rule)
     manifest, reader = open_shards("--data", [f"{tmp_path}/mds/index.json"], None, cache)
     found = score_of(other, wanted(shards, cache)._replace(manifest=manifest, reader=reader))
@@ -248,6 +285,19 @@ def test_tables_are_joined(shards, cache, tmp_path):
         )
 
 
+def test_texts_of_another_data_set_with_the_same_names_and_keys_are_refused(job, shards, cache, tmp_path):
+    """img2dataset calls every data set's first shard 00000.tar, and its first sample 000000000."""
+    other = shards.rename(tmp_path / "other")
+    assert score_of(job, wanted(other, cache)).samples == NUM_SAMPLES, "it may have moved"
+    (other / "00000_stats.json").write_text('{"successes": 8}')
+    refusal = r"00000.parquet has texts of another shard .* made of .*shards/00000.tar, --data now has .*other/00000.tar"
+    with pytest.raises(ConfigError, match=rf"{refusal} \(samples: 9 there, 8 now\)"):
+        score_of(job, wanted(other, cache))
+    write_tar(other / "00000.tar", [make_sample(number, txt=b"another " * 2000) for number in range(9)])
+    with pytest.raises(ConfigError, match=rf"{refusal} \(num_bytes: [\d,]+ there, [\d,]+ now\)"):
+        score_of(job, wanted(other, cache))
+
+
 def test_what_cannot_be_scored_is_said(job, shards, cache, tmp_path):
     source = wanted(shards, cache)
     for folder, said in (
@@ -255,22 +305,22 @@ def test_what_cannot_be_scored_is_said(job, shards, cache, tmp_path):
         (shards, "holds neither texts"),
     ):
         with pytest.raises(ConfigError, match=said):
-            open_made_texts(folder, source.manifest.names)
-    with pytest.raises(ConfigError, match=r"has no texts of these shards: other.parquet .*00000.parquet"):
-        open_made_texts(job, ["other.tar"])
+            open_made_texts(folder, source.manifest)
+    with pytest.raises(ConfigError, match=r"has no texts of these shards: other-00000.parquet .*00000.parquet"):
+        open_made_texts(job, replace(source.manifest, names=[f"other-{name}" for name in source.manifest.names]))
     for path in (job / "texts").iterdir():
-        write_texts(path, [("strange", "human", "a text", None)])
+        replace_texts(path, [("strange", "human", "a text", None)])
     with pytest.raises(ConfigError, match=r"none of the texts .* 4 rows have other keys than the 32 samples .*'000000000'"):
         score_of(job, source)
     (job / "texts" / "00002.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(RunError, match=r"00002.parquet cannot be read.*delete it"):
         score_of(job, source)
-    pq.write_table(pa.table({"key": ["a"], "text": ["b"]}), job / "texts" / "00000.parquet")
-    with pytest.raises(ConfigError, match=r"00000.parquet has no column 'reason'"):
-        score_of(job, source)
-    write_texts(job / "texts" / "00000.parquet", [(f"{0:09d}", "original", "a text", None)])
+    replace_texts(job / "texts" / "00000.parquet", [(f"{0:09d}", "original", "a text", None)])
     (job / "texts" / "00002.parquet").unlink()
     with pytest.raises(ConfigError, match="a source is called 'original'"):
+        score_of(job, source)
+    pq.write_table(pa.table({"key": ["a"], "text": ["b"]}), job / "texts" / "00000.parquet")
+    with pytest.raises(ConfigError, match=r"00000.parquet has no column 'reason'"):
         score_of(job, source)
     (job / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match=r"manifest.json cannot be read"):

@@ -14,7 +14,6 @@ from runs import finish, rows, run, start
 
 @pytest.fixture
 def job(shards, tmp_path) -> Path:
-    (tmp_path / "out").mkdir()
     return write_job(tmp_path / "out", f"{shards}/*.tar", by_rule)
 
 

@@ -40,6 +40,8 @@ from scaleclip.data.sentences import sentences
         ("(It is red.) A car [see below.] there.", ["(It is red.)", "A car [see below.] there."]),
         ("(A dog runs.) [The cat sleeps!] Both rest.", ["(A dog runs.)", "[The cat sleeps!]", "Both rest."]),
         ("(e.g.) Fido runs. A dog (see Fig. 2).", ["(e.g.) Fido runs.", "A dog (see Fig. 2)."]),
+        ("(a red car) It is old. It stands.", ["(a red car) It is old.", "It stands."]),
+        ("(It is red. A car stands there.", ["(It is red.", "A car stands there."]),
         # lists
         ("1. A red car. 2. A blue car.", ["1. A red car.", "2. A blue car."]),
         ("1.\nA red car.\n2.\nA blue car.", ["1. A red car.", "2. A blue car."]),
@@ -80,9 +82,10 @@ def test_nothing_is_lost_whatever_the_text():
         assert sentences(text) == found
 
 
-@pytest.mark.parametrize("sign", [".", "'", "(", "(a b.) ", "1. ", "Mr. ", "a\n", "。", "[1]", "A.B."])
-def test_no_text_holds_up_a_batch(sign):
-    text = "".join(itertools.islice(itertools.cycle(sign), 20_000))
-    begun = time.perf_counter()
+@pytest.mark.parametrize("sign", [".", "'", "(", "(a b.) ", "1. ", "Mr. ", "a\n", "a ", "。", "[1]", "A.B."])
+@pytest.mark.parametrize("begin", ["", "("])
+def test_no_text_holds_up_a_batch(begin, sign):
+    text = begin + "".join(itertools.islice(itertools.cycle(sign), 20_000))
+    begun = time.process_time()
     sentences(text)
-    assert time.perf_counter() - begun < 1  # 30 ms at most on an idle core
+    assert time.process_time() - begun < 0.3  # 40 ms at most

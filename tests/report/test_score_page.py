@@ -42,14 +42,14 @@ def attacked(number: int, key: str, caption: str) -> dict[str, Made]:
 
 
 @pytest.fixture
-def scored(shards, cache, tmp_path) -> Score:
+def scored(shards, cache, tmp_path, monkeypatch) -> Score:
     """All that a score may hold: failed texts, a bad image, a missing shard."""
-    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("scaleclip.captioning.score.DISTINCT_OF", 50)
     write_tar(shards / "00001.tar", [make_sample(9, jpg=b"no image"), *map(make_sample, (10, 11, 12))])
     job = write_job(tmp_path / "out", f"{shards}/*.tar", attacked, complete=False, skip=(3,))
     manifest, reader = open_shards("--data", [f"{shards}/*.tar"], None, cache)
     wanted = Wanted(manifest, reader, "txt", ("jpg",))
-    return score(open_made_texts(job, manifest.names), wanted, tiny_encoder(tmp_path), "a tiny model", lambda *_: None)
+    return score(open_made_texts(job, manifest), wanted, tiny_encoder(tmp_path), "a tiny model", lambda *_: None)
 
 
 def text_of(path: Path) -> str:
@@ -84,15 +84,15 @@ def test_a_key_may_be_no_utf8(scored, tmp_path):
 
 
 def test_without_a_model_and_without_faults_that_is_said(shards, cache, tmp_path):
-    (tmp_path / "out").mkdir()
     job = write_job(tmp_path / "out", f"{shards}/*.tar", lambda number, key, caption: {"a": (f"new {caption}", None)})
     manifest, reader = open_shards("--data", [f"{shards}/*.tar"], None, cache)
-    made = open_made_texts(job, manifest.names)
+    made = open_made_texts(job, manifest)
     found = score(made, Wanted(manifest, reader, "txt", ("jpg",)), None, "", lambda *_: None)
     text = text_of(write_score_page(found, tmp_path, "out"))
     for said in (
         "Not measured: no model was given",
         "No model looked at the images",
+        "of which no source has enough words",
         "None: every text can be used.",
         "None: every shard",
     ):
