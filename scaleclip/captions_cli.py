@@ -163,6 +163,12 @@ def _run(
     if not world.is_main:
         return
     counts, shown = summary.whole, progress.console
+    if summary.left:
+        shown.print(
+            f"{out}: {summary.shards:,} shards are there, {summary.left:,} are left to other tasks of the job array",
+            highlight=False,
+        )
+        return
     shown.print(
         f"{out}: {counts.texts:,} texts of {summary.samples:,} samples in {summary.shards:,} shards, {counts.fit:,} fit for "
         f"training, in {out}/sidecar", highlight=False,
@@ -170,8 +176,6 @@ def _run(
     if counts.reasons:
         causes = ", ".join(f"{reason}: {number:,}" for reason, number in counts.reasons.items())
         shown.print(f"{sum(counts.reasons.values()):,} are not ({causes}): see {out}/texts", highlight=False)
-    if summary.left:
-        shown.print(f"{summary.left:,} shards are left to other tasks of the job array", highlight=False)
 
 
 captions_app.command()(score)

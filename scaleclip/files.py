@@ -1,12 +1,15 @@
 """Files that a crash leaves whole, and where a configuration's paths lie."""
 
+import contextlib
 import importlib.resources
 import os
 import shutil
 import socket
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from scaleclip.errors import ConfigError
+from scaleclip.errors import ConfigError, RunError
 
 PACKAGE_SCHEME = "package:"
 _REPLACED = ".partial-replaced-"
@@ -24,6 +27,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writes_into(folder: Path) -> Iterator[None]:
+    """Of files each of which is whole or not there. Raises RunError where the disk is full, or cannot be written."""
+    try:
+        yield
+    except OSError as fault:
+        raise RunError(
+            f"{folder} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same command "
+            f"again"
+        ) from fault
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Remove what writes of these files left that were killed. Of files that nobody writes any more."""
+    beginnings = defaultdict[Path, list[str]](list)
+    for path in paths:
+        beginnings[path.parent].append(f".{path.name}.")
+    for folder, some in beginnings.items():
+        for partial in folder.glob(".*"):
+            if partial.name.startswith(tuple(some)):
+                partial.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

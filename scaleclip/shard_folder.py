@@ -4,10 +4,12 @@ OUT/manifest.json says what all files in it share, its identity; a file's metada
 data set whose shards have the same names is not taken for one that is done.
 """
 
+import contextlib
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +20,14 @@ import pyarrow.parquet as pq
 from scaleclip.data.manifest import Manifest
 from scaleclip.data.shards import is_remote
 from scaleclip.errors import ConfigError
-from scaleclip.files import write_atomic
+from scaleclip.files import sweep, write_atomic, writes_into
 
 MANIFEST = "manifest.json"
 _ENDING = ".parquet"
 _METADATA = b"scaleclip"  # in a file's schema
 _SHARD = "shard"
 _NUM_READERS = 32
+_ABANDONED_S = 3600.0  # after which nobody still writes a manifest
 
 
 class ShardOrigin(NamedTuple):
@@ -68,30 +71,35 @@ class ShardFolder:
 
         Raises:
             ConfigError: it has files of another identity, of other shards of the same name, or something else.
+            RunError: it cannot be written.
         """
         manifest = self.path / MANIFEST
+        # first: another task may be making the manifest
+        has_files = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if manifest.exists():
             before = json.loads(manifest.read_text())
             differing = [key for key, value in self._identity.items() if before.get(key) != value]
             if differing:
                 rows = "\n".join(f"  {key}: {before.get(key)!r} there, {self._identity[key]!r} now" for key in differing)
                 raise ConfigError(f"--out={self.path} has other {self._what}:\n{rows}\ngive another folder")
-        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+        elif has_files:
             raise ConfigError(f"--out={self.path} holds files that are no {self._what}: give a new folder")
         there = self.finished() & origins.keys()
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            found = dict(zip(there, pool.map(self._origin, there), strict=True))
+        found = {name: notes.get(_SHARD) for name, (_, notes) in zip(there, self.notes(list(there)), strict=True)}
         for name in sorted(there):
-            if found[name] != origins[name]:
+            noted = found[name]
+            origin = None if noted is None else ShardOrigin(**noted)
+            if origin != origins[name]:
                 raise ConfigError(
-                    f"--out={self.path} has {self._what} of another shard called {name}: made of {_named(found[name])}, --data "
+                    f"--out={self.path} has {self._what} of another shard called {name}: made of {_named(origin)}, --data "
                     f"now has {_named(origins[name])}; give another folder, or delete {self.file(name)} to make it anew"
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
-        # first, so that a process that starts beside this one knows the folder
-        self._write_manifest({**more, "complete": False})
-        for folder in (self._files, *(self.path / name for name in self._others)):
-            folder.mkdir(exist_ok=True)
+        with writes_into(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # first, so that a process that starts beside this one knows the folder
+            self._write_manifest({**more, "complete": False})
+            for folder in (self._files, *(self.path / name for name in self._others)):
+                folder.mkdir(exist_ok=True)
         return there
 
     def file(self, name: str) -> Path:
@@ -110,20 +118,30 @@ class ShardFolder:
         pq.write_table(table.replace_schema_metadata({_METADATA: metadata}), buffer, compression="zstd", use_dictionary=False)
         write_atomic(self.file(name), buffer.getvalue().to_pybytes())
 
-    def notes(self, name: str) -> tuple[int, dict[str, Any]]:
-        """Rows of a shard's file, and what was noted with it."""
+    def notes(self, names: Iterable[str]) -> list[tuple[int, dict[str, Any]]]:
+        """Rows of shards' files, and what was noted with each."""
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            return list(pool.map(self._notes, names))
+
+    def _notes(self, name: str) -> tuple[int, dict[str, Any]]:
         file = pq.read_metadata(self.file(name))
         return file.num_rows, json.loads((file.metadata or {}).get(_METADATA, b"{}"))
 
-    def complete(self, more: Mapping[str, Any]) -> None:
-        """All shards are there, and nobody writes any more."""
-        for cut_short in self._files.glob(".*"):
-            cut_short.unlink(missing_ok=True)
-        self._write_manifest({**more, "complete": True})
+    def complete(self, names: Collection[str], more: Mapping[str, Any], *, is_all: bool = True) -> None:
+        """These shards are there, and nobody writes them any more. Another job may write others, whose files are left alone.
 
-    def _origin(self, name: str) -> ShardOrigin | None:
-        shard = self.notes(name)[1].get(_SHARD)
-        return None if shard is None else ShardOrigin(**shard)
+        Args:
+            names: of the shards.
+            more: goes into the manifest as it is.
+            is_all: nobody writes others.
+        """
+        sweep(map(self.file, names))
+        for partial in self.path.glob(f".{MANIFEST}.*"):
+            with contextlib.suppress(FileNotFoundError):  # another has it in place
+                if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                    partial.unlink()
+        with writes_into(self.path):
+            self._write_manifest({**more, "complete": is_all})
 
     def _write_manifest(self, more: Mapping[str, Any]) -> None:
         write_atomic(self.path / MANIFEST, json.dumps({**self._identity, **more}, indent=2))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -26,6 +26,7 @@ __all__ = [
     "START",
     "byte_tokenizer",
     "demo_captions",
+    "lines_llama",
     "pieces_llama",
     "silent_llama",
     "tiny_llama",
@@ -40,6 +41,18 @@ def silent_llama(folder: Path) -> Path:
     torch.nn.init.zeros_(model.lm_head.weight)  # all logits are alike, and the first token is the likeliest
     model.generation_config.eos_token_id = 0
     model.save_pretrained(folder)
+    return folder
+
+
+def lines_llama(folder: Path) -> Path:
+    """A folder with a tokenizer that adds line ends as tokens of their own, as Gemma's do."""
+    tiny_llama(folder)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(lines, normalized=False, special=False) for lines in ("\n", "\n\n")])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

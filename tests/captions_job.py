@@ -54,7 +54,7 @@ def write_job(
         if shard not in skip:
             folder.write(name, manifest.names[shard], reader.keys(shard), made[shard], of_shard[name])
     if complete:
-        folder.complete(folder.summary(names))
+        folder.complete(folder.summary(names), dict(zip(names, manifest.names, strict=True)))
     return out
 
 

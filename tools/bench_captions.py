@@ -34,7 +34,7 @@ from arguments import file_with, positive
 from csv_rows import read_rows, write_rows
 from loss_bench.summary import About
 from scaleclip.captioning.examples import load_sources
-from scaleclip.captioning.generation import Sampling
+from scaleclip.captioning.generation import Sampling, end_tokens, pad_token
 from scaleclip.captioning.job import Data, write_texts
 from scaleclip.captioning.language_model import LanguageModel
 from scaleclip.captioning.pretrained import folder_digest
@@ -132,9 +132,10 @@ def _ways(
     sampling, examples = Sampling(max_tokens=options.max_tokens), load_sources([SOURCE])
     prompt = RewritePrompt(TASK, model)
     shown = examples[0].draw(0)
+    ends = end_tokens(model.model, model.tokenizer)
     config = GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, max_new_tokens=sampling.max_tokens,
-        eos_token_id=model.tokenizer.eos_token_id, pad_token_id=model.tokenizer.pad_token_id, stop_strings="\n",
+        eos_token_id=ends or None, pad_token_id=pad_token(model.tokenizer, ends), stop_strings="\n",
     )  # fmt: skip
     tar = _write_tar(work / "captions.tar", captions)
     number = iter(range(1_000_000))

@@ -28,7 +28,7 @@ _FOLDER = "package:scaleclip/captioning/examples"
 # a column of the sidecar, and what `texts:` of a configuration names after a colon
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SUFFIXES = (".yaml", ".yml", ".jsonl")
-_RESERVED = ("key", "recaption")
+_RESERVED = ("key", "recaption", "original", "caption")
 
 
 class Pair(NamedTuple):
@@ -75,7 +75,7 @@ def load_sources(named: Sequence[str]) -> list[ExampleSource]:
         if not _NAME.fullmatch(name) or name in _RESERVED:
             raise ConfigError(
                 f"--source={each}: {name!r} cannot be a column's name: take letters, digits, _ and -, and not "
-                f"{' or '.join(_RESERVED)}"
+                f"{', '.join(_RESERVED)}"
             )
         if name in found:
             raise ConfigError(f"--source={each}: {name} is there twice: give each source a name of its own")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from scaleclip.captioning.chat import THINK
+
 Reason = Literal["empty", "copy_of_prompt", "copy_of_example", "loop", "too_long", "wrong_script"]
 
 _CJK = "CJK"
@@ -14,6 +16,10 @@ _CJK = "CJK"
 _ALIKE = {"HIRAGANA": _CJK, "KATAKANA": _CJK, "BOPOMOFO": _CJK}
 # of a letter's name, where it does not begin with a script
 _NO_SCRIPT = {"MODIFIER", "FEMININE", "MASCULINE", "MICRO", "MATHEMATICAL"}
+
+
+# tokens that a tokenizer does not hold to be special
+_MARKUP = re.compile(r"<[^<>\s]*>")
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ def fault(
 
 
 def is_empty(text: str) -> bool:
-    """Without a letter or a digit."""
-    return not any(character.isalnum() for character in text)
+    """Without a letter or a digit, but for markup and what follows the start of reasoning."""
+    return not any(character.isalnum() for character in _MARKUP.sub("", text.partition(THINK)[0]))
 
 
 def is_too_long(text: str, limits: Limits) -> bool:

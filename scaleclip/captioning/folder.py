@@ -5,7 +5,7 @@ sample and source, OUT/sidecar/SHARD.arrow the texts that are fit for training, 
 OUT/partial/SHARD.jsonl what is made of a shard so far.
 """
 
-import shutil
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from scaleclip.captioning.journal import Made
 from scaleclip.data.sidecar import sidecar_path, write_rows
-from scaleclip.errors import RunError
+from scaleclip.files import sweep, writes_into
 from scaleclip.shard_folder import ShardFolder, ShardOrigin, parquet_key
 
 TEXTS, SIDECAR, PARTIAL, PROGRESS = "texts", "sidecar", "partial", "progress"
@@ -44,6 +44,7 @@ class Summary(NamedTuple):
 
     shards: int
     samples: int
+    """Counted once no shard is left, as is what follows."""
     by_source: dict[str, Counts]
     left: int
     """Shards that other tasks of a job array have still to do."""
@@ -68,8 +69,8 @@ class CaptionFolder:
     def __init__(
         self, path: Path, sources: Sequence[str], identity: Mapping[str, Any], made_by: Mapping[str, Any], batch: int
     ) -> None:
-        self.path, self._sources, self._made_by, self._batch = path, list(sources), dict(made_by), batch
-        self._folder = ShardFolder(path, TEXTS, [SIDECAR, PARTIAL, PROGRESS], "texts", identity)
+        self.path, self.sources, self._made_by, self._batch = path, list(sources), dict(made_by), batch
+        self._folder = ShardFolder(path, TEXTS, [SIDECAR], "texts", identity)
 
     def begin(self, origins: Mapping[str, ShardOrigin]) -> set[str]:
         """Make the folder, or see that what it holds goes with what is asked now. Once, before anything is written.
@@ -85,10 +86,6 @@ class CaptionFolder:
     def finished(self) -> set[str]:
         """Names of the shards that are there."""
         return self._folder.finished()
-
-    def is_finished(self, name: str) -> bool:
-        """Whether a shard is there."""
-        return self._folder.file(name).exists()
 
     def journal(self, name: str) -> Path:
         """File of what is made of a shard so far."""
@@ -107,50 +104,59 @@ class CaptionFolder:
         Raises:
             RunError: the disk is full, or cannot be written.
         """
-        places = {source: place for place, source in enumerate(self._sources)}
+        places = {source: place for place, source in enumerate(self.sources)}
         rows = sorted(made, key=lambda row: (row.ordinal, places[row.source]))
-        fit: dict[str, list[str | None]] = {source: [None] * len(keys) for source in self._sources}
+        fit: dict[str, list[str | None]] = {source: [None] * len(keys) for source in self.sources}
         for row in rows:
             if row.reason is None:
                 fit[row.source][row.ordinal] = row.text
-        texts = [pa.array(fit[source], pa.large_string()) for source in self._sources]
+        texts = [pa.array(fit[source], pa.large_string()) for source in self.sources]
         columns = {
-            "key": [parquet_key(row.key) for row in rows],
+            # of a sample that could not be read the shard alone knows it
+            "key": [parquet_key(row.key or _key(keys, row.ordinal)) for row in rows],
             "source": [row.source for row in rows],
             "text": [row.text for row in rows],
             "reason": [row.reason for row in rows],
             **{name: [value] * len(rows) for name, value in self._made_by.items()},
             "tokens": [row.tokens for row in rows],
         }
-        counts = {source: count([row for row in rows if row.source == source])._asdict() for source in self._sources}
-        try:
-            write_rows(sidecar_path(self.path / SIDECAR, shard), keys, pa.RecordBatch.from_arrays(texts, names=self._sources))
+        counts = {source: count([row for row in rows if row.source == source])._asdict() for source in self.sources}
+        with writes_into(self.path):
+            write_rows(sidecar_path(self.path / SIDECAR, shard), keys, pa.RecordBatch.from_arrays(texts, names=self.sources))
             self._folder.write(name, pa.table(columns, _COLUMNS), origin, {"counts": counts, "batch": self._batch})
-        except OSError as fault:
-            raise RunError(
-                f"{self.path} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same "
-                f"command again"
-            ) from fault
 
     def summary(self, names: Sequence[str]) -> Summary:
-        """Of the shards that are there among all."""
-        there = [name for name in names if self.is_finished(name)]
-        samples, found = 0, {source: list[Counts]() for source in self._sources}
-        for name in there:
-            rows, notes = self._folder.notes(name)
-            samples += rows // len(self._sources)
+        """Of all shards that are there, once all of `names` are."""
+        there = sorted(self.finished())
+        left = len(set(names).difference(there))
+        samples, found = 0, {source: list[Counts]() for source in self.sources}
+        # of many tasks the last one alone reads all files
+        for rows, notes in self._folder.notes([] if left else there):
+            samples += rows // len(self.sources)
             for source, counted in notes["counts"].items():
                 found[source].append(Counts(**counted))
         by_source = {source: _total(counted) for source, counted in found.items()}
-        return Summary(len(there), samples, by_source, len(names) - len(there))
+        return Summary(len(there), samples, by_source, left)
 
-    def complete(self, summary: Summary) -> None:
-        """All shards are there, and nobody writes any more."""
-        for folder in (PARTIAL, PROGRESS):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
+    def complete(self, summary: Summary, shards: Mapping[str, str]) -> None:
+        """A job's shards are there, and nobody writes them any more. Another job may still make others in this folder.
+
+        Args:
+            summary: of all that is there.
+            shards: the job's, by name of their files, as the manifest of the data calls them.
+        """
+        others = 0
+        for journal in (self.path / PARTIAL).glob("*.jsonl"):
+            if journal.name.removesuffix(".jsonl") in shards:
+                journal.unlink(missing_ok=True)
+            else:
+                others += 1
+        with contextlib.suppress(OSError):  # not there, or another job's
+            (self.path / PARTIAL).rmdir()
+        sweep(sidecar_path(self.path / SIDECAR, shard) for shard in shards.values())
         by_source = {source: counts._asdict() for source, counts in summary.by_source.items()}
         counted = {"shards": summary.shards, "samples": summary.samples, **summary.whole._asdict(), "by_source": by_source}
-        self._folder.complete({"model": self._made_by["model"], **counted})
+        self._folder.complete(shards, {"model": self._made_by["model"], **counted}, is_all=not others)
 
 
 def count(rows: Sequence[Made]) -> Counts:
@@ -166,3 +172,7 @@ def _total(counts: Iterable[Counts]) -> Counts:
         texts, fit, tokens = texts + each.texts, fit + each.fit, tokens + each.tokens
         reasons.update(each.reasons)
     return Counts(texts, fit, tokens, dict(sorted(reasons.items())))
+
+
+def _key(keys: Sequence[str], ordinal: int) -> str:
+    return keys[ordinal] if ordinal < len(keys) else ""

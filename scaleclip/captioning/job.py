@@ -1,9 +1,13 @@
 """A job that makes texts of the samples of shards. A shard is one rank's work and its files are written whole: any number of
 ranks and of tasks of a job array writes the same files, and a start after a kill goes on at the batch that was cut short."""
 
+import contextlib
 import hashlib
 import itertools
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -78,8 +82,8 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
     Raises:
         ConfigError: two shards share a name, or `out` has texts of another model or task or of other shards, or
             something else.
-        RunError: a shard cannot be read, in which case the others are done; `out` cannot be written, or another job writes
-            there; a loader process died; the GPU's memory is full.
+        RunError: a shard cannot be read, or has changed, in which case the others are done; of the first one nothing can be
+            made; `out` cannot be written, or another job writes there; a loader process died; the GPU's memory is full.
     """
     there, (manifest, reader, _) = set[str](), data
     with all_or_none():
@@ -95,7 +99,7 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
     # tasks of an array start at different times and see different shards done, so the deal is of all
     mine = [shard for shard in range(number, len(names), count) if names[shard] not in there]
     its_names = [names[shard] for shard in mine]
-    depends_on = {name: {**task.identity, **made_by, "batch": task.batch, **of_shard[name]._asdict()} for name in its_names}
+    depends_on = {name: _depends_on(task, of_shard[name]) for name in its_names}
     done = {shard: num_batches(folder.journal(names[shard]), depends_on[names[shard]]) for shard in mine}
     pieces = {shard: task.pieces(shard, int(manifest.counts[shard]), done[shard]) for shard in mine}
     ahead = ReadAhead(manifest, reader, task.prepare, task.collate, data.workers)
@@ -107,9 +111,9 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         name, its_chunks = names[shard], itertools.islice(chunks, len(pieces[shard]))
         journal = Journal(folder.journal(name), depends_on[name])
         progress.begin_shard(list(itertools.chain(*journal.batches)))
-        error = _make_shard(task, name, its_chunks, done[shard], journal, progress)
+        error = _make_shard(task, folder, name, its_chunks, done[shard], journal, progress)
         if not error:
-            error = _write_shard(folder, reader, shard, manifest.names[shard], name, journal, of_shard[name])
+            error = _write_shard(folder, manifest, reader, shard, name, journal, of_shard[name])
         journal.close() if error else journal.remove()
         failed += [error] if error else []
         progress.end_shard()
@@ -119,12 +123,13 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         progress.tell()
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(names)} shards could not be read, the others are done; the first: {failed[0]}; start the "
+            f"{len(failed)} of {len(names)} shards could not be made, the others are done; the first: {failed[0]}; start the "
             f"same command again for those"
         )
     summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
     if world.is_main and not summary.left:
-        folder.complete(summary)
+        progress.end()
+        folder.complete(summary, dict(zip(names, manifest.names, strict=True)))
     return summary
 
 
@@ -140,28 +145,68 @@ def without_text(bad: Sequence[BadSample], sources: Sequence[str]) -> list[Made]
 
 
 def _make_shard(
-    task: Task[Any, Content], name: str, chunks: Iterator[Chunk[Content]], done: int, journal: Journal, progress: Progress
+    task: Task[Any, Content],
+    folder: CaptionFolder,
+    name: str,
+    chunks: Iterator[Chunk[Content]],
+    done: int,
+    journal: Journal,
+    progress: Progress,
 ) -> str:
     """Make what is left of a shard; why it cannot be had, or an empty text."""
     if len(journal.batches) != done:
         raise RunError(f"another process has gone on with {name}: end one of the two jobs that write into this folder")
-    error = ""
+    error = detail = ""
     for chunk in chunks:
         error = error or chunk.error
+        detail = detail or next((f" ({bad.detail})" for bad in chunk.bad if bad.detail), "")
         if error:
             continue
         for rows in task.make(name, chunk, done):
             journal.append(rows)
             progress.add(rows)
+    causes = {"" if row.tokens else row.reason for row in itertools.chain(*journal.batches)}
+    # one shard of many may be so, but where nothing is made yet it is the settings
+    if not error and len(causes) == 1 and "" not in causes and not folder.finished():
+        journal.remove()
+        raise RunError(
+            f"{name} is the first shard, and of none of its samples a text could be made, all are {causes.pop()}{detail}: see "
+            f"that --text or --image names what the shards have and that the model takes it, and give a new --out; or leave "
+            f"this shard out of --data"
+        )
     return error
 
 
 def _write_shard(
-    folder: CaptionFolder, reader: Reader, shard: int, called: str, name: str, journal: Journal, origin: ShardOrigin
+    folder: CaptionFolder,
+    manifest: Manifest,
+    reader: Reader,
+    shard: int,
+    name: str,
+    journal: Journal,
+    origin: ShardOrigin,
 ) -> str:
     try:
         keys = reader.keys(shard)
     except SampleError as fault:
         return str(fault)
-    folder.write(name, called, keys, itertools.chain(*journal.batches), origin)
+    made = list(itertools.chain(*journal.batches))
+    ordinals = (manifest.ordinal(shard, index) for index in range(int(manifest.counts[shard])))
+    wanted = Counter(itertools.product(ordinals, folder.sources))
+    # batches hold samples by their content, and a shard may change between the starts of a job
+    if Counter((row.ordinal, row.source) for row in made) != wanted:
+        journal.remove()
+        return f"{name} has changed since its first batches were made, which are now thrown away"
+    folder.write(name, manifest.names[shard], keys, made, origin)
     return ""
+
+
+def _depends_on(task: Task[Any, Any], origin: ShardOrigin) -> dict[str, Any]:
+    """All that a batch of a shard depends on, whatever the model is called."""
+    changed = None
+    with contextlib.suppress(OSError):  # remote, or stored compressed
+        changed = os.stat(origin.path).st_mtime_ns
+    return {
+        **task.identity, "prompt": task.prompt_name, "seed": task.seed, "batch": task.batch, **origin._asdict(),
+        "changed": changed, **{name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }  # fmt: skip

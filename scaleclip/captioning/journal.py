@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from scaleclip.errors import RunError
+from scaleclip.files import writes_into
 
 
 class Made(NamedTuple):
@@ -36,12 +37,14 @@ class Journal:
         made_by: everything that a batch depends on; a file of something else is begun anew.
 
     Raises:
-        RunError: another process writes it.
+        RunError: another process writes it, or the disk is full.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
         self._path = path
-        self._file: IO[bytes] = path.open("a+b")
+        with writes_into(path.parent):
+            path.parent.mkdir(exist_ok=True)  # which a job that has finished may have removed
+            self._file: IO[bytes] = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,9 +79,10 @@ class Journal:
         self.close()
 
     def _append(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writes_into(self._path.parent):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def num_batches(path: Path, made_by: Mapping[str, Any]) -> int:

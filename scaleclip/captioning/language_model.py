@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scaleclip.captioning.chat import turn
 from scaleclip.captioning.generation import Sampling, Written, end_tokens, generate, pad_token, written
 from scaleclip.captioning.prefix_cache import prefix_cache
 from scaleclip.captioning.pretrained import DType, load, load_model
@@ -43,7 +44,9 @@ class LanguageModel:
             )
         self.frame: tuple[Sequence[int], Sequence[int]]
         self.frame = _chat_frame(self.tokenizer) if self.chat else (_start_tokens(self.tokenizer), [])
-        self._special = set(self.tokenizer.added_tokens_decoder)
+        # some tokenizers add line ends, which are no structure
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {token for token, word in added if word.special or not word.content.isspace()}
         self._ends = end_tokens(self.model, self.tokenizer)
         self._pad = pad_token(self.tokenizer, self._ends)
         lines = self.tokenizer.batch_decode([[token] for token in range(self._size)])
@@ -71,6 +74,11 @@ class LanguageModel:
         """Ids of a text of which nothing is a special token; what a tokenizer cannot but read as one is left out."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [token for token in ids if token not in self._special]
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
 
     def going_on(self, text: str) -> list[int]:
         """Ids of a text behind another one: no tokenizer then takes its start for that of a word or of all."""
@@ -143,8 +151,7 @@ def _start_tokens(tokenizer: Any) -> list[int]:
 
 def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What stands before and after what a user says, up to where the assistant is to speak."""
-    said = tokenizer.apply_chat_template([{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True)
-    before, place, after = said.partition(_PLACE)
+    before, place, after = turn(tokenizer, _PLACE, "give --no-chat, or take another model").partition(_PLACE)
     if not place:
         raise ConfigError("the chat template leaves out what the user says: give --no-chat")
     first, last = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))

@@ -154,7 +154,7 @@ class _JobTexts:
         name = self._names[shard]
         path = self._folder.file(name)
         try:
-            noted = self._folder.notes(name)[1].get("shard", {})
+            noted = self._folder.notes([name])[0][1].get("shard", {})
             with pq.ParquetFile(path) as file:
                 missing = sorted(set(_COLUMNS) - set(file.schema_arrow.names))
                 table = file.read(_COLUMNS)

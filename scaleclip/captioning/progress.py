@@ -1,6 +1,7 @@
-"""How far all ranks of all jobs are that fill one folder: each leaves a small file there, and one sums them up."""
+"""How far all ranks of all tasks of a job are: each leaves a small file in its folder, and one sums them up."""
 
 import contextlib
+import hashlib
 import json
 import time
 from collections import Counter
@@ -42,7 +43,7 @@ class Progress:
 
     Args:
         folder: of the job.
-        share: (number, count) of this rank among all that fill the folder.
+        share: (number, count) of this rank among those of all tasks.
         texts: of each shard, by the name of its file.
         show: is told how far all are; None: this rank only says how far it is itself.
     """
@@ -51,7 +52,10 @@ class Progress:
         self._folder, self._texts, self._show = folder, texts, show
         number, count = share
         self._files = folder.path / PROGRESS
-        self._own = self._files / f"{number:05d}-of-{count:05d}.json"
+        # another job may fill the folder with the texts of other shards
+        self._job = hashlib.sha256("\n".join(texts).encode(errors="surrogatepass")).hexdigest()[:8]
+        self._count = f"of-{count:05d}.json"
+        self._own = self._files / f"{self._job}-{number:05d}-{self._count}"
         self._begun_s = time.monotonic()
         self._looked_s = float("-inf")
         self._made = self._tokens = self._open = 0
@@ -83,16 +87,25 @@ class Progress:
             "open": self._open, "texts_per_s": self._made / passed_s, "tokens_per_s": self._tokens / passed_s,
             "failures": self._failures, "time": time.time(),
         }  # fmt: skip
-        with contextlib.suppress(FileNotFoundError):  # another job saw that all is done
+        # a full disk, and another task that saw that all is done, are no reason to stop for
+        with contextlib.suppress(OSError):
+            self._files.mkdir(exist_ok=True)
             write_atomic(self._own, json.dumps(own))
         if self._show is not None:
             self._show(self._look())
+
+    def end(self) -> None:
+        """All tasks of the job are done: leave nothing of what they said."""
+        for file in (*self._files.glob(f"{self._job}-*"), *self._files.glob(f".{self._job}-*")):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another job's
+            self._files.rmdir()
 
     def _look(self) -> News:
         done = sum(self._texts.get(name, 0) for name in self._folder.finished())
         texts_per_s = tokens_per_s = 0.0
         failures = Counter[str]()
-        for said in map(_read, self._files.glob("*-of-*.json")):
+        for said in map(_read, self._files.glob(f"{self._job}-*-{self._count}")):
             if said is None:
                 continue
             failures.update(said["failures"])

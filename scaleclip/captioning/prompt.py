@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from scaleclip.captioning.examples import Pair, one_line
+from scaleclip.errors import ConfigError
 
 TASK = "Rewrite each image caption in other words, in one line, and keep what it says."
 INPUT, OUTPUT = "Input:", "Output:"
@@ -29,6 +30,9 @@ class Vocabulary(Protocol):
     def going_on(self, text: str) -> list[int]:
         """The same, where the text goes on in a line: it begins with a space or a line end."""
 
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+
 
 class RewritePrompt:
     """The prompt.
@@ -36,6 +40,9 @@ class RewritePrompt:
     Args:
         task: the task sentence.
         vocabulary: of the model.
+
+    Raises:
+        ConfigError: ids of the vocabulary do not say where a line ends.
     """
 
     def __init__(self, task: str, vocabulary: Vocabulary) -> None:
@@ -44,6 +51,12 @@ class RewritePrompt:
         self._before = list(before)
         # a caption is followed by this, whatever it says
         self._after = [*vocabulary.going_on(f"\n{OUTPUT}"), *after]
+        lines = _text(self.task, [Pair("a", "b")])
+        read = vocabulary.read(vocabulary.plain(lines))
+        if read.count("\n") != lines.count("\n"):
+            raise ConfigError(
+                f"the model's tokenizer does not keep the lines of a text, {lines!r} reads {read!r}: take another model"
+            )
 
     @property
     def text(self) -> str:

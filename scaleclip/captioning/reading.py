@@ -149,9 +149,9 @@ class Pass:
                 self._add(shard, manifest.ordinal(shard, index), keys, texts)
                 if not self.samples % 256:
                     self._show("reading", self.samples, total)
+            if ORIGINAL in self._counts:
+                raise ConfigError(f"a source is called {ORIGINAL!r}, as the texts that it was made of are: rename it")
         self._show("reading", self.samples, total)
-        if ORIGINAL in self._counts:
-            raise ConfigError(f"a source is called {ORIGINAL!r}, as the texts that it was made of are: rename it")
         if not self._counts:
             faults = self.unreadable_shards + self.bad_samples
             seen = [*([example] if example else []), *(f"{cause}: {count:,}" for cause, count in faults.items())]

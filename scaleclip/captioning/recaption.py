@@ -1,6 +1,7 @@
 """New captions of images, by a vision-language model (Recap-DataComp-1B, arXiv:2406.08478)."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from scaleclip.config import DataConfig, SourceConfig
 from scaleclip.data.read_ahead import BadSample, Chunk, Piece, cut
 from scaleclip.data.sample import Sample
 from scaleclip.data.transform import Crop, open_image
+from scaleclip.errors import ConfigError
 
 PROMPT = "Please generate a detailed caption of this image. Please be as descriptive as possible."
 """Recap-DataComp-1B's."""
@@ -26,6 +28,7 @@ SOURCE = "recaption"
 LIMITS = Limits(must_end=False, max_words=500, max_characters=4000)
 """A description that is cut off at its last token is used, as Recap-DataComp's were."""
 _REFUSED = "refused_image"
+_log = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
@@ -33,8 +36,10 @@ class Images(NamedTuple):
 
     inputs: dict[str, Tensor]
     """Without those that the processor refuses; empty if it refuses all."""
-    refused: tuple[int, ...]
-    """Their places."""
+    refused: Mapping[int, str]
+    """What the processor raised of those, by place."""
+    fault: str = ""
+    """What it raised of the others together, each of which it takes alone."""
 
 
 class Recaptioning:
@@ -70,6 +75,7 @@ class Recaptioning:
         self.model_name, self.batch, self.seed = model_name, batch, seed
         self._model, self._digest, self._sampling, self._limits = model, model_digest, sampling, limits
         self._prompt, self._members, self._max_pixels = prompt, tuple(image), DataConfig().max_pixels
+        self._has_refused = False
         self.prompt_name = f"{SOURCE}-{hashlib.sha256(model.asked.encode()).hexdigest()[:8]}"
 
     @property
@@ -94,18 +100,28 @@ class Recaptioning:
     def collate(self, items: Sequence[Image.Image]) -> Images:
         """Inputs of the model."""
         # one that the processor cannot take must not cost the others
-        inputs = self._inputs(items)
-        if inputs is not None:
-            return Images(inputs, ())
-        taken = [self._inputs([item]) is not None for item in items]
-        kept = [item for item, is_taken in zip(items, taken, strict=True) if is_taken]
-        refused = tuple(place for place, is_taken in enumerate(taken) if not is_taken)
-        return Images(self._model.inputs(kept) if kept else {}, refused)
+        inputs, fault = self._inputs(items)
+        if not fault:
+            return Images(inputs, {})
+        refused = {place: why for place, item in enumerate(items) if (why := self._inputs([item])[1])}
+        kept = [item for place, item in enumerate(items) if place not in refused]
+        inputs, fault = self._inputs(kept) if kept else ({}, "")
+        return Images(inputs, refused, fault)
 
     def make(self, shard: str, chunk: Chunk[Images], done: int) -> Iterator[list[Made]]:
         """The batch."""
-        images = chunk.content or Images({}, ())
-        refused = [BadSample(chunk.keys[place], shard, chunk.ordinals[place], _REFUSED, "") for place in images.refused]
+        images = chunk.content or Images({}, {})
+        if images.fault:
+            raise ConfigError(
+                f"{self.model_name}: its processor takes images of {shard} each alone, but not {len(chunk.keys)} together: "
+                f"{images.fault}; give --batch 1, or take another model"
+            )
+        refused = [
+            BadSample(chunk.keys[place], shard, chunk.ordinals[place], _REFUSED, why) for place, why in images.refused.items()
+        ]
+        for first in refused[: not self._has_refused]:
+            self._has_refused = True
+            _log.warning("image %s of %s is refused by the model's processor: %s", first.key, shard, first.detail)
         rows = without_text([*chunk.bad, *refused], self.sources)
         if images.inputs:
             written = self._model.write(images.inputs, self._sampling, batch_seed(self.seed, shard, SOURCE, chunk.piece.start))
@@ -118,12 +134,15 @@ class Recaptioning:
                 rows.append(Made(chunk.ordinals[place], chunk.keys[place], SOURCE, new.text, reason, new.tokens))
         yield rows
 
-    def _inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor] | None:
+    def _inputs(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], str]:
+        """What the model takes, or what its processor raised."""
         try:
-            return self._model.inputs(images)
+            return self._model.inputs(images), ""
+        except MemoryError:
+            raise
         # what processors raise has no common base
-        except Exception:
-            return None
+        except Exception as error:
+            return {}, f"{type(error).__name__}: {error}"
 
 
 def _no_example(text: str) -> bool:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from scaleclip.captioning.chat import turn
 from scaleclip.captioning.generation import Sampling, Written, end_tokens, generate, pad_token, written
 from scaleclip.captioning.pretrained import DType, load, load_model
 from scaleclip.errors import ConfigError
@@ -51,7 +52,9 @@ class VisionLanguageModel:
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the model takes for some images; whatever the processor raises of one that it cannot take."""
-        made = self.processor(text=[self.asked] * len(images), images=list(images), return_tensors="pt", padding=True)
+        # some processors take a flat list for the images of one text
+        each_its_own = [[image] for image in images]
+        made = self.processor(text=[self.asked] * len(images), images=each_its_own, return_tensors="pt", padding=True)
         # which some tokenizers make, and few models take
         unused = {"token_type_ids"} - inspect.signature(self.model.forward).parameters.keys()
         return {name: value for name, value in made.items() if name not in unused}
@@ -71,15 +74,22 @@ class VisionLanguageModel:
 
 def _ask(processor: Any, prompt: str, folder: Path) -> str:
     token = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None)
-    if token and token in prompt:
-        raise ConfigError(f"--prompt={prompt!r} has {token}, which stands for an image: leave it out, each image is put in")
+    # Gemma 3's templates have the one, and its processor puts in the others
+    begins = getattr(processor, "boi_token", None)
+    for stands_for_image in (token, begins):
+        if stands_for_image and stands_for_image in prompt:
+            raise ConfigError(
+                f"--prompt={prompt!r} has {stands_for_image}, which stands for an image: leave it out, each image is put in"
+            )
     if getattr(processor, "chat_template", None) or processor.tokenizer.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        asked: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        asked = turn(processor, content, "take another model")
     elif token:
         asked = f"USER: {token}\n{prompt} ASSISTANT:"  # LLaVA-1.5's
     else:
         raise ConfigError(f"{folder} has no chat template and no token of an image: put a chat_template.jinja there")
+    if begins and begins in asked:
+        token = begins
     if token and asked.count(token) != 1:
         raise ConfigError(f"{folder}: its chat template makes {asked.count(token)} images of one: {asked!r}")
     start = processor.tokenizer.bos_token

@@ -18,6 +18,7 @@ from scaleclip.distributed import World, all_or_none, gather_objects, on_main
 from scaleclip.embedding.chunks import Inputs, Shards, Wanted
 from scaleclip.embedding.folder import DType, FeatureFolder, Summary, architecture_digest, weights_digest
 from scaleclip.errors import RunError
+from scaleclip.files import writes_into
 from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.shard_folder import ShardOrigin, file_names, origins
 
@@ -90,9 +91,9 @@ def embed(embedder: Embedder, wanted: Wanted, cache: ShardCache, out: Path, dtyp
             f"{len(failed)} of {len(names)} shards could not be read, the others are done; the first: {failed[0]}; start the "
             f"same command again for those"
         )
-    summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
+    summary = on_main(lambda: folder.summary())  # others may not see yet what this rank's disk has
     if world.is_main:
-        folder.complete(summary)
+        folder.complete(names, summary)
     return summary
 
 
@@ -125,13 +126,8 @@ def _embed_shard(
         if progress:
             progress.end_shard(is_there=False)
         return error
-    try:
+    with writes_into(folder.path):
         folder.write(name, keys, {column: torch.cat(some) for column, some in parts.items()}, bad, origin)
-    except OSError as fault:
-        raise RunError(
-            f"{folder.path} cannot be written: {fault.strerror}; what is written is safe: free the disk and start the same "
-            f"command again"
-        ) from fault
     if progress:
         progress.end_shard(is_there=True)
     return ""

@@ -7,7 +7,7 @@ OUT/manifest.json says by which model, and once all is done what was counted; OU
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,18 +94,18 @@ class FeatureFolder:
             columns[column] = pa.FixedSizeListArray.from_arrays(values, values_NE.shape[1])
         self._folder.write(name, pa.table(columns), origin, {"faults": Counter(each.cause for each in bad)})
 
-    def summary(self, names: Sequence[str]) -> Summary:
-        """Of shards that are there."""
+    def summary(self) -> Summary:
+        """Of the shards that are there."""
+        found = self._folder.notes(sorted(self.finished()))
         samples, faults = 0, Counter[str]()
-        for name in names:
-            rows, notes = self._folder.notes(name)
+        for rows, notes in found:
             samples += rows
             faults.update(notes["faults"])
-        return Summary(len(names), samples, dict(sorted(faults.items())))
+        return Summary(len(found), samples, dict(sorted(faults.items())))
 
-    def complete(self, summary: Summary) -> None:
-        """All shards are there, and nobody writes any more."""
-        self._folder.complete({**self._more, **summary._asdict()})
+    def complete(self, names: Collection[str], summary: Summary) -> None:
+        """These shards are there, and nobody writes them any more."""
+        self._folder.complete(names, {**self._more, **summary._asdict()})
 
 
 def weights_digest(model: DualEncoder) -> str:

@@ -47,5 +47,5 @@ def test_rewrites_of_the_demo_are_trained_with(tmp_path):
     share = {name: sum(row["mix"].get(f"text/0/{name}", 0) for row in trained) / len(trained) for name in ("caption", *SOURCES)}
     assert sum(share.values()) == pytest.approx(1)
     assert all(share[name] > 0.02 for name in SOURCES)
-    # what is not fit is replaced by the original
+    # which shares what texts that are not fit leave, and takes the place of those that are too short
     assert share["caption"] > 1 / 3

@@ -70,6 +70,8 @@ def test_what_is_no_example_is_said(tmp_path, name, content, named):
         (["human", "human"], "twice"),
         (["a.b=x.yaml"], "cannot be a column's name"),
         (["recaption=x.yaml"], "cannot be a column's name"),
+        (["original=x.yaml"], "cannot be a column's name"),
+        (["caption=x.yaml"], "cannot be a column's name"),
         (["mine=missing.yaml"], "cannot be read: No such file"),
     ],
 )

@@ -59,9 +59,20 @@ def test_a_label_that_the_caption_has_may_come_back():
 
 
 @pytest.mark.parametrize(
-    ("text", "empty"), [("7", False), ("\u72ac", False), ("\u00e9", False), ("-", True), ("\U0001f415", True)]
+    ("text", "empty"),
+    [
+        ("7", False),
+        ("\u72ac", False),
+        ("\u00e9", False),
+        ("-", True),
+        ("\U0001f415", True),
+        ("<think>", True),
+        ("<|im_start|>", True),
+        ("<think>The user wants", True),
+        ("a<b and b>c", False),
+    ],
 )
-def test_empty_is_without_letters_and_digits(text, empty):
+def test_empty_is_without_letters_and_digits_but_for_markup_and_reasoning(text, empty):
     assert is_empty(text) == empty
 
 

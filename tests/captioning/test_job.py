@@ -1,8 +1,10 @@
 """Jobs that make texts: right, whole, the same for any number of ranks and tasks and after any kill, and fit for training."""
 
+import errno
 import fcntl
 import itertools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,12 +18,12 @@ from captioning_models import silent_llama
 from captioning_rank_jobs import SOURCES, recaptioning, rewrite_and_tell, rewriting, write
 from helpers import encode_image, make_sample, write_tar
 from runs import finish, run, signal_when, start
-from scaleclip.captioning import progress
+from scaleclip.captioning import journal, progress
 from scaleclip.captioning.examples import load_sources
-from scaleclip.captioning.folder import CaptionFolder
 from scaleclip.captioning.job import Data, batch_seed, write_texts
 from scaleclip.captioning.journal import Journal, Made, num_batches
 from scaleclip.captioning.language_model import LanguageModel
+from scaleclip.captioning.progress import Progress
 from scaleclip.captioning.prompt import TASK, RewritePrompt
 from scaleclip.config import CacheConfig, SourceConfig
 from scaleclip.data.cache import ShardCache
@@ -33,6 +35,7 @@ from scaleclip.data.webdataset import TarReader
 from scaleclip.distributed import World, array_share
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.local_ranks import run_ranks
+from scaleclip.shard_folder import ShardFolder
 
 NUM_SAMPLES = 32  # of the four shards
 CPU = torch.device("cpu")
@@ -163,12 +166,14 @@ def test_bad_samples_are_counted_and_kept(llama, llava, shards, tmp_path):
     assert [row["text"] for row in rows(again, "00001")] == [row["text"] for row in rows(out, "00001") if row["tokens"]]
 
 
-def test_an_image_that_the_processor_refuses_costs_itself(llava, shards, tmp_path, monkeypatch):
-    real = llava.processor.__call__
+def test_an_image_that_the_processor_refuses_costs_itself(llava, shards, tmp_path, monkeypatch, caplog):
+    real, limit = llava.processor.__call__, 9
 
     def picky(text, images, **named):
-        if any(image.width == 41 for image in images):
+        if any(image.width == 41 for (image,) in images):
             raise ValueError("41 is not a width")
+        if len({image.width for (image,) in images}) > limit:
+            raise ValueError("widths differ")
         return real(text=text, images=images, **named)
 
     class Picky:
@@ -191,6 +196,39 @@ def test_an_image_that_the_processor_refuses_costs_itself(llava, shards, tmp_pat
     write_tar(shards / "00001.tar", [make_sample(n, jpg=encode_image(n, size=(41, 48))) for n in range(2)])
     summary = write(recaptioning(llava), shards, tmp_path / "all")
     assert summary.whole.reasons["refused_image"] == 2
+    assert "of 00001 is refused by the model's processor: ValueError: 41 is not a width" in caplog.text
+    # which it does not say of any image alone
+    sizes = [(40, 48), (41, 48), (42, 48)]
+    write_tar(shards / "00001.tar", [make_sample(n, jpg=encode_image(n, size=size)) for n, size in enumerate(sizes)])
+    limit = 1
+    with pytest.raises(ConfigError, match=r"not 3 together: ValueError: widths differ; give --batch 1"):
+        write(recaptioning(llava), shards, tmp_path / "together")
+
+
+def test_a_processor_that_has_no_memory_is_not_taken_for_a_bad_image(llava, shards, tmp_path, monkeypatch):
+    def full(images):
+        raise MemoryError
+
+    monkeypatch.setattr(llava, "inputs", full)
+    with pytest.raises(MemoryError):
+        write(recaptioning(llava), shards, tmp_path / "out")
+
+
+def test_settings_by_which_nothing_is_made_are_said_at_once(llama, llava, shards, tmp_path, monkeypatch):
+    said = "is the first shard, and of none of its samples a text could be made, all are"
+    with pytest.raises(RunError, match=rf"{said} no_caption \(.* has no text at nothing"):
+        write(rewriting(llama, text="nothing"), shards, tmp_path / "a")
+    with pytest.raises(RunError, match=f"{said} no_image"):
+        write(recaptioning(llava, image=("gif",)), shards, tmp_path / "b")
+
+    def refuses(images):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llava, "inputs", refuses)
+        with pytest.raises(RunError, match=f"{said} refused_image"):
+            write(recaptioning(llava), shards, tmp_path / "c")
+    assert write(recaptioning(llava), shards, tmp_path / "c").whole.fit  # nothing was kept
 
 
 def test_a_model_that_says_nothing_is_counted(shards, tmp_path):
@@ -222,7 +260,10 @@ def test_tasks_of_an_array_share_the_work_and_the_last_one_says_so(llama, shards
     left = []
     for task in (6, 4, 8):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        left.append(write(rewriting(llama), shards, out).left)
+        summary = write(rewriting(llama), shards, out)
+        left.append(summary.left)
+        # what the last one alone looks for in all files
+        assert summary.samples == (0 if left[-1] else NUM_SAMPLES)
         assert json.loads((out / "manifest.json").read_text())["complete"] == (left[-1] == 0)
     assert left == [3, 1, 0]
     assert files(out) == files(tmp_path / "whole")
@@ -291,6 +332,96 @@ def test_a_killed_job_loses_one_batch_and_ends_with_the_same_files(llama, llava,
     assert files(out) == files(whole)
 
 
+def test_two_jobs_fill_one_folder_with_shards_of_their_own(llama, tmp_path, monkeypatch):
+    """One that ends leaves alone what the other one is at, and the last one counts all."""
+    for name, numbers in (("a", (0, 1)), ("b", (2, 3))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            samples = [make_sample(9 * number + place) for place in range(7)]
+            write_tar(tmp_path / name / f"{name}-{number}.tar", samples)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write(rewriting(llama), tmp_path / "b", whole)
+    with monkeypatch.context() as patched:
+        killed_after(patched, 10)
+        with pytest.raises(Killed):
+            write(rewriting(llama), tmp_path / "b", out)
+    (journal,) = (out / "partial").iterdir()
+    begun = journal.read_bytes()
+    being_written = out / "texts" / ".b-3.parquet.host.1"
+    being_written.touch()
+    assert write(rewriting(llama), tmp_path / "a", out).samples == 21
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    assert journal.read_bytes() == begun
+    assert being_written.exists()
+    made = []
+    with monkeypatch.context() as patched:
+        append = Journal.append
+        patched.setattr(Journal, "append", lambda journal, rows: (made.append(rows), append(journal, rows)))
+        assert write(rewriting(llama), tmp_path / "b", out).samples == 28
+    assert len(made) == 2 * 7 - 10  # batches of three, for each of two sources, and one of bad samples
+    for folder in (tmp_path / "b", tmp_path / "a"):  # again, of a part of what is there
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert (manifest["complete"], manifest["shards"], manifest["texts"]) == (True, 4, 56)
+        assert write(rewriting(llama), folder, out).samples == 28
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "texts", "sidecar"}
+    assert files(whole).items() - files(out).items() == {("manifest.json", (whole / "manifest.json").read_bytes())}
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "00000.tar.arrow", "00002.parquet", "journal"])
+def test_a_job_killed_around_a_file_leaves_nothing(llama, shards, tmp_path, monkeypatch, place):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write(rewriting(llama), shards, whole)
+
+    def killed_before(written, path):
+        if Path(path).name == place:
+            shutil.copy(written, written.with_name(f".{place}.elsewhere.1"))  # a kill that nothing tidies up
+            os.utime(written.with_name(f".{place}.elsewhere.1"), (0, 0))
+            raise Killed
+        replace(written, path)
+
+    def killed(journal):
+        raise Killed
+
+    replace = os.replace
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed_before)
+        if place == "journal":
+            patched.setattr(Journal, "remove", killed)
+        with pytest.raises(Killed):
+            write(rewriting(llama), shards, out)
+    left = [path for path in out.rglob("*") if path.name.startswith(".") or path.suffix == ".jsonl"]
+    assert left
+    write(rewriting(llama), shards, out)
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(ShardFolder, "_write_manifest"), (journal, "os"), (Path, "open"), (progress, "write_atomic")]
+)
+def test_a_full_disk_is_said_and_costs_nothing(llama, shards, tmp_path, monkeypatch, module, name):
+    class Full:
+        def __call__(self, *_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        fsync = __call__
+
+    out, opened = tmp_path / "out", Path.open
+    full = Full()
+    with monkeypatch.context() as patched:
+        if name == "open":
+            patched.setattr(Path, name, lambda path, *mode, **named: (full if "a+b" in mode else opened)(path, *mode, **named))
+        else:
+            patched.setattr(module, name, full)
+        if module is progress:
+            write(rewriting(llama), shards, out)  # no reason to stop
+        else:
+            with pytest.raises(RunError, match="No space left on device; what is written is safe: free the disk and start"):
+                write(rewriting(llama), shards, out)
+    write(rewriting(llama), shards, out)
+    write(rewriting(llama), shards, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
 def test_what_is_there_is_not_made_again(llama, shards, tmp_path):
     out = tmp_path / "out"
     write(rewriting(llama), shards, out)
@@ -315,6 +446,72 @@ def test_a_journal_of_another_batch_size_is_begun_anew(llama, shards, tmp_path, 
     write(rewriting(llama, batch=2), shards, out)
     write(rewriting(llama, batch=2), shards, tmp_path / "whole")
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_shard_that_changes_between_starts_is_made_anew(llama, shards, tmp_path, monkeypatch, is_seen):
+    """Its batches hold other samples then, although names, samples and bytes are the same."""
+    out = tmp_path / "out"
+    texts = [b"one", b"a long caption of many words, and of some more", b"a caption of some words", b"two", b"x"]
+    write_tar(shards / "00000.tar", [make_sample(number, txt=text) for number, text in enumerate(texts)])
+    before = (shards / "00000.tar").stat()
+    with monkeypatch.context() as patched:
+        killed_after(patched, 2)
+        with pytest.raises(Killed):
+            write(rewriting(llama), shards, out)
+    write_tar(shards / "00000.tar", [make_sample(number, txt=text) for number, text in enumerate([*texts[1:], texts[0]])])
+    assert (shards / "00000.tar").stat().st_size == before.st_size
+    if not is_seen:
+        os.utime(shards / "00000.tar", ns=(before.st_mtime_ns, before.st_mtime_ns))
+        with pytest.raises(RunError, match=r"1 of 4 shards could not be made.*: 00000 has changed since its first batches"):
+            write(rewriting(llama), shards, out)
+    write(rewriting(llama), shards, out)
+    write(rewriting(llama), shards, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_model_of_another_name_goes_on(llama, shards, tmp_path, monkeypatch):
+    out, other = tmp_path / "out", rewriting(llama)
+    other.model_name = "./tiny"
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            write(rewriting(llama), shards, out)
+    killed_after(monkeypatch, sum(1 + 2 * -(-count // 3) for count in (9, 4, 12, 7)) - 3)
+    write(other, shards, out)
+    assert {row["model"] for row in rows(out)} == {"./tiny"}
+
+
+def test_a_sample_that_cannot_be_read_has_its_key(llama, shards, tmp_path, monkeypatch):
+    read = TarReader.__call__
+
+    def damaged(reader, shard, ordinal):
+        if (shard, ordinal) == (1, 2):
+            raise SampleError("bad_sample", "a damaged header")
+        return read(reader, shard, ordinal)
+
+    monkeypatch.setattr(TarReader, "__call__", damaged)
+    write(rewriting(llama), shards, tmp_path / "out")
+    made = rows(tmp_path / "out", "00001")
+    assert {row["key"] for row in made if row["reason"] == "bad_sample"} == {keys(shards)[9 + 2]}
+    assert [row["key"] for row in made] == [key for key in keys(shards)[9:13] for _ in SOURCES]
+
+
+def test_tasks_that_start_at_once_both_know_the_folder(llama, shards, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    iterdir, is_first = Path.iterdir, True
+
+    def beside_another(path):
+        nonlocal is_first
+        if path == out and is_first:
+            is_first = False
+            ShardFolder(out, "texts", [], "texts", rewriting(llama).identity).begin({}, {})
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", beside_another)
+    assert write(rewriting(llama), shards, out).left == 0
+    assert not is_first
 
 
 @pytest.mark.parametrize(
@@ -372,7 +569,7 @@ def test_a_shard_that_cannot_be_read_is_left_for_another_start(llama, llava, sha
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(TarReader, place, unreachable)
-        with pytest.raises(RunError, match=r"1 of 4 shards could not be read.*the store does not answer"):
+        with pytest.raises(RunError, match=r"1 of 4 shards could not be made.*the store does not answer"):
             write(task, shards, out)
     assert not json.loads((out / "manifest.json").read_text())["complete"]
     assert sorted(path.name for path in (out / "texts").iterdir()) == ["00000.parquet", "00002.parquet", "00003.parquet"]
@@ -399,21 +596,26 @@ def test_examples_that_do_not_fit_are_refused(llama, monkeypatch):
 def test_all_ranks_that_work_are_summed(llama, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "_LOOK_S", 0.0)
     out, shown = tmp_path / "out", []
-    begin = CaptionFolder.begin
+    begin_shard = Progress.begin_shard
+    monkeypatch.setattr("scaleclip.captioning.job.array_share", lambda world: (0, 1))
 
-    def beside_others(folder, origins):
-        found = begin(folder, origins)
+    def beside_others(own, already):
+        own._files.mkdir(exist_ok=True)
         said = {"open": 3, "texts_per_s": 1000.0, "tokens_per_s": 9000.0, "failures": {"empty": 2}}
-        (folder.path / "progress" / "00001-of-00003.json").write_text(json.dumps({**said, "time": 4e9}))
-        (folder.path / "progress" / "00002-of-00003.json").write_text(json.dumps({**said, "time": 0}))
-        return found
+        job = own._own.name.partition("-")[0]
+        # the last two are of a start with other ranks, and of a job of other shards
+        times = {f"{job}-1-of-00001": 4e9, f"{job}-2-of-00001": 0, f"{job}-2-of-00009": 4e9, "other-2-of-00001": 4e9}
+        for name, said_s in times.items():
+            (own._files / f"{name}.json").write_text(json.dumps({**said, "time": said_s}))
+        begin_shard(own, already)
 
-    monkeypatch.setattr(CaptionFolder, "begin", beside_others)
+    monkeypatch.setattr(Progress, "begin_shard", beside_others)
     write(rewriting(llama), shards, out, shown)
     assert [news.done for news in shown] == sorted(news.done for news in shown)
     assert 3 <= shown[0].done < 24
-    assert all(news.texts_per_s > 1000 and news.tokens_per_s > 9000 for news in shown[1:])
-    assert shown[0].failures["empty"] >= 4  # a rank that ended has counted, too
+    assert all(1000 < news.texts_per_s < 2000 and 9000 < news.tokens_per_s < 18000 for news in shown[1:])
+    assert 4 <= shown[0].failures["empty"] < 8  # a rank that ended has counted, too
+    assert [path.name for path in (out / "progress").iterdir()] == ["other-2-of-00001.json"]
     assert "tokens/s, not fit: " in shown[-1].said()
 
 

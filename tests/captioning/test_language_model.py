@@ -1,13 +1,15 @@
 """Rewriting a batch: the same texts in any company, lines that end, prompts that no caption can break."""
 
+import datetime
 import functools
 import itertools
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.utils import chat_template_utils
 
-from captioning_models import END, START, byte_tokenizer, pieces_llama, tiny_llama
+from captioning_models import END, START, byte_tokenizer, lines_llama, pieces_llama, tiny_llama
 from scaleclip.captioning.examples import load_sources
 from scaleclip.captioning.generation import Sampling
 from scaleclip.captioning.language_model import LanguageModel
@@ -161,7 +163,7 @@ def test_all_rows_done_end_the_batch(llama, monkeypatch):
     assert len(steps) == 2  # the prefix, and one token
 
 
-MAKERS = {"plain": tiny_llama, "chat": functools.partial(tiny_llama, chat=True), "pieces": pieces_llama}
+MAKERS = {"plain": tiny_llama, "chat": functools.partial(tiny_llama, chat=True), "pieces": pieces_llama, "lines": lines_llama}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -195,6 +197,13 @@ def test_every_kind_of_prompt_reads_as_its_text_says(any_model):
     assert f"{TASK}\n\n{shown}{INPUT} a dog\n{OUTPUT}" in text
 
 
+def test_a_tokenizer_that_loses_lines_is_refused(llama, monkeypatch):
+    plain = llama.plain
+    monkeypatch.setattr(llama, "plain", lambda text: plain(text.replace("\n", " ")))
+    with pytest.raises(ConfigError, match="tokenizer does not keep the lines of a text"):
+        prompt_of(llama)
+
+
 def test_every_kind_of_model_writes_the_same_alone(any_model):
     prompt, sampling = prompt_of(any_model), Sampling(0, max_tokens=12)
     prefix, endings = prompt.prefix(examples()), [prompt.ending(caption) for caption in CAPTIONS]
@@ -220,6 +229,45 @@ def test_a_chat_model_is_asked_in_a_turn(tmp_path):
     plain = LanguageModel(tmp_path / "chat", "auto", CPU, chat=False)
     assert not plain.chat
     assert prompt_of(plain).name != prompt.name
+
+
+DATED = "{{ date_string }} {{ strftime_now('%d %B %Y') }} "
+
+
+def test_a_chats_prompt_is_the_same_on_every_day(tmp_path, monkeypatch):
+    folder = tiny_llama(tmp_path / "dated", chat=True)
+    template = folder / "chat_template.jinja"
+    template.write_text(DATED + template.read_text())
+    names = set()
+    for day in (1, 2):
+
+        class Clock(datetime.datetime):
+            day_now = day
+
+            @classmethod
+            def now(cls, *_):
+                return cls(2030, 1, cls.day_now)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        model = LanguageModel(folder, "auto", CPU)
+        names.add(prompt_of(model).name)
+        assert "26 Jul 2024 26 July 2024 " in model.tokenizer.decode(model.frame[0])
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize("unless_told", [True, False])
+def test_a_model_that_reasons_first_is_told_not_to_or_refused(tmp_path, unless_told):
+    folder = tiny_llama(tmp_path / "thinks", chat=True)
+    template = folder / "chat_template.jinja"
+    opened = "<think>\n{% if enable_thinking is false %}\n</think>\n{% endif %}" if unless_told else "<think>\n"
+    template.write_text(template.read_text() + opened)
+    if unless_told:
+        model = LanguageModel(folder, "auto", CPU)
+        assert "</think>" in model.tokenizer.decode(model.frame[1])
+    else:
+        with pytest.raises(ConfigError, match=r"has the model reason first.*give --no-chat"):
+            LanguageModel(folder, "auto", CPU)
+        assert not LanguageModel(folder, "auto", CPU, chat=False).chat
 
 
 def test_an_overlong_caption_is_cut_and_the_prompt_is_whole(llama):

@@ -317,6 +317,7 @@ def test_what_cannot_be_scored_is_said(job, shards, cache, tmp_path):
         score_of(job, source)
     replace_texts(job / "texts" / "00000.parquet", [(f"{0:09d}", "original", "a text", None)])
     (job / "texts" / "00002.parquet").unlink()
+    (job / "texts" / "00003.parquet").write_bytes(b"PAR1 but no more")  # which is not read any more
     with pytest.raises(ConfigError, match="a source is called 'original'"):
         score_of(job, source)
     pq.write_table(pa.table({"key": ["a"], "text": ["b"]}), job / "texts" / "00000.parquet")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaProcessor
 
 from captioning_models import END, IMAGE, START, byte_tokenizer, tiny_llava
 from scaleclip.captioning.generation import Sampling
@@ -37,6 +38,32 @@ def test_a_chat_template_is_used_and_starts_once(tmp_path):
 def test_a_prompt_with_an_image_of_its_own_is_refused(tmp_path, chat):
     with pytest.raises(ConfigError, match="which stands for an image: leave it out"):
         VisionLanguageModel(tiny_llava(tmp_path / "llava", chat=chat), "What is in <image>?", "auto", CPU)
+
+
+def test_images_are_those_of_one_text_each(llava, monkeypatch):
+    """As processors have it that take a flat list for the images of one text."""
+    real = llava.processor
+
+    class Strict:
+        tokenizer = real.tokenizer
+
+        def __call__(self, *, text, images, **named):
+            if [len(each) for each in images] != [1] * len(text):
+                raise ValueError("as many lists of images as texts")
+            return real(text=text, images=images, **named)
+
+    expected = llava.inputs(IMAGES)
+    monkeypatch.setattr(llava, "processor", Strict())
+    assert all(torch.equal(value, expected[name]) for name, value in llava.inputs(IMAGES).items())
+
+
+def test_a_token_that_begins_an_image_may_stand_for_it(tmp_path, monkeypatch):
+    folder = tiny_llava(tmp_path / "llava", chat=True)
+    monkeypatch.setattr(LlavaProcessor, "boi_token", IMAGE, raising=False)
+    monkeypatch.setattr(LlavaProcessor, "image_token", property(lambda self: "<soft>", lambda self, value: None), raising=False)
+    assert VisionLanguageModel(folder, "Describe it.", "auto", CPU).asked.count(IMAGE) == 1
+    with pytest.raises(ConfigError, match="has <image>, which stands for an image"):
+        VisionLanguageModel(folder, "Describe <image>.", "auto", CPU)
 
 
 def test_a_template_that_forgets_the_image_is_refused(tmp_path):
