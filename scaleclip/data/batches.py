@@ -1,5 +1,6 @@
 """Batches in order, prepared ahead by loader processes; one that dies or hangs is replaced."""
 
+import contextlib
 import gc
 import logging
 import multiprocessing
@@ -200,8 +201,10 @@ def _kill(batches: Iterator[Batch]) -> None:
 
 
 def _shut_down(batches: Iterator[Batch]) -> None:
-    # torch ends the processes at the end of the iterator, which the frames of an exception may keep
-    getattr(batches, "_shutdown_workers", int)()
+    # torch ends the processes at the end of the iterator, which the frames of an exception may keep. Its handler of signals,
+    # where another loader of this process left it, tells of those that were killed
+    with contextlib.suppress(RuntimeError):
+        getattr(batches, "_shutdown_workers", int)()
 
 
 def _start_worker(started: Semaphore, worker: int) -> None:

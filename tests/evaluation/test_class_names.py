@@ -75,7 +75,7 @@ def test_files_beside_the_images_win(tmp_path: Path, cache: ShardCache, monkeypa
 
 def test_faults_say_the_way_out(tmp_path: Path, cache: ShardCache) -> None:
     data = folder_of(tmp_path / "set", ["ant", "bee"], cache)
-    with pytest.raises(ConfigError, match=r"none of its zeroshot_classification_templates: write .* it has: .*cifar10"):
+    with pytest.raises(ConfigError, match=r"none of its zeroshot_class.*: write .*a photo of a \{c\}.*`prompts:` .*cifar10"):
         prompts_of("mine", data)
     with pytest.raises(ConfigError, match=r"clip-benchmark names 10 classes, the images have 2"):
         prompts_of("eurosat", data)

@@ -52,11 +52,12 @@ def classified(monkeypatch):
         return measure
 
     def open_labelled(name, path, cache):
-        return SimpleNamespace(name=name, path=path, num_images=7, fingerprint=lambda: f"digest of {path}")
+        digest = f"digest of {path}"
+        return SimpleNamespace(name=name, path=path, num_images=7, class_names=None, fingerprint=lambda: digest)
 
     module("labelled", open_labelled=open_labelled)
     module("class_names", prompts_of=lambda dataset, data: (f"prompts of {dataset}", data.name))
-    module("few_shot", evaluate_few_shot=measured("5-way 5-shot", False))
+    module("few_shot", evaluate_few_shot=measured("5-way 5-shot", False), few_classes=lambda *_: "too few")
     module("linear_probe", evaluate_linear_probe=measured("linear probe", True))
     real = sys.modules["scaleclip.evaluation.zero_shot"]
     zero_shot = measured("zero-shot", True)
@@ -320,6 +321,16 @@ def test_one_evaluation_is_enough(tmp_path, cache, classified):
     few_shot = ["few-shot 5-way 5-shot pets", "few-shot 5-way 1-shot pets"]
     assert names == ["unseen_family", *few_shot, "unseen_clipart", "unseen_concept", "unseen_vendor"]
     assert [mean.parts for mean in opened.means] == [few_shot[:1]]
+
+
+def test_too_few_classes_are_said_before_anything_is_measured(tmp_path, cache):
+    images, labels = digits(40)
+    write_folder(tmp_path / "digits", images, [label % 3 for label in labels])
+    path = write(
+        tmp_path / "my.yaml", datasets={"d": {"test": "digits"}}, suites={"a": [{"task": "few-shot", "datasets": "d"}]}
+    )
+    with pytest.raises(ConfigError, match="data set d has 3 classes, and an episode 5: set `ways: 3` or fewer"):
+        open_evaluations(EvalConfig(suite=path, data=str(tmp_path)), cache)
 
 
 def test_ranks_that_see_other_data_are_an_error(tmp_path, cache, classified, monkeypatch):

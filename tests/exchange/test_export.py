@@ -299,6 +299,6 @@ def test_the_command_converts_what_others_trained(tmp_path: Path) -> None:
         assert_close(theirs.encode_text(tokens, normalize=True), features)
     with pytest.raises(ConfigError, match="add --force"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
-    with pytest.raises(ConfigError, match=r"model\.preset='ViT-X' is unknown"):
+    with pytest.raises(ConfigError, match=r"--architecture='ViT-X' is unknown"):
         CliRunner().invoke(app, [*arguments, "--force", "--architecture", "ViT-X"], catch_exceptions=False)
     assert CliRunner().invoke(app, [*arguments, "--force"], catch_exceptions=False).exit_code == 0

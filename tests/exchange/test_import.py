@@ -198,7 +198,7 @@ def test_named_architectures() -> None:
     quick = named_architecture("ViT-L-14-336-quickgelu")
     assert quick.image.size == 336
     assert quick.text.config["hidden_act"] == quick.image.config["hidden_act"] == "quick_gelu"
-    with pytest.raises(ConfigError, match=r"model\.preset='ViT-Q' is unknown"):
+    with pytest.raises(ConfigError, match=r"--architecture='ViT-Q' is unknown"):
         named_architecture("ViT-Q-quickgelu")
 
 
