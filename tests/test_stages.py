@@ -455,7 +455,8 @@ def test_a_checkpoint_is_evaluated_as_the_stage_that_saved_it(two_stages, monkey
     checkpointer = Checkpointer(folder, world, config.checkpoint, {}).attach(lambda: Shard(fragments, {}))
     checkpointer.save(TrainState(step=step))
     checkpointer.finish()
-    measured = SimpleNamespace(name="size", definition="", run=lambda encoder, _: [Figure("", "", encoder.size, 0.0)])
+    figures = lambda encoder, _: [Figure("", "", encoder.size, 0.0)]  # noqa: E731
+    measured = SimpleNamespace(name="size", num_items=1, place="", definition="", run=figures)
     monkeypatch.setattr(evaluate_run, "open_evaluations", lambda *_, **__: OpenedSuite([measured], [], []))
     session = evaluate_run.Session(config.eval, ShardCache(config.data.cache), None)
     evaluated = session.evaluate(evaluate_run.subject_of(str(folder)))
