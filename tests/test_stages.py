@@ -458,6 +458,6 @@ def test_a_checkpoint_is_evaluated_as_the_stage_that_saved_it(two_stages, monkey
     figures = lambda encoder, _: [Figure("", "", encoder.size, 0.0)]  # noqa: E731
     measured = SimpleNamespace(name="size", num_items=1, place="", definition="", run=figures)
     monkeypatch.setattr(evaluate_run, "open_evaluations", lambda *_, **__: OpenedSuite([measured], [], []))
-    session = evaluate_run.Session(config.eval, ShardCache(config.data.cache), None)
+    session = evaluate_run.Session(config.eval, ShardCache(config.data.cache))
     evaluated = session.evaluate(evaluate_run.subject_of(str(folder)))
     assert (evaluated.subject.step, [figure.value for figure in evaluated.figures]) == (step, [size])
