@@ -176,19 +176,23 @@ def write_run_results(run: Path, evaluated: Evaluated) -> None:
 def wait_for_run(reference: str, poll_s: float = POLL_S) -> Path | None:
     """The run that was submitted together with this process, when it has begun; None where something else is there. Every rank
     calls."""
-    path, waits = Path(reference), False
+    path, said = Path(reference), False
 
     def look() -> tuple[Path | None, bool]:
-        begins = not path.exists() or (path.is_dir() and not any((path / name).exists() for name in _OF_OTHERS))
-        return _run_of(reference), begins
+        nonlocal said
+        run = _run_of(reference)
+        waits = run is None and (
+            not path.exists() or (path.is_dir() and not any((path / name).exists() for name in _OF_OTHERS))
+        )
+        if waits and not said:
+            log.warning(f"{reference} has not begun yet: waiting for it")  # which shows where nobody set up logging
+            said = True
+        return run, waits
 
     while True:
-        run, begins = on_main(look)
-        if run is not None or not begins:
-            return run
+        run, waits = on_main(look)
         if not waits:
-            log.info(f"{reference} has not begun yet: waiting for it")
-        waits = True
+            return run
         time.sleep(poll_s)
 
 
