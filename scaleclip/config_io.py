@@ -47,6 +47,7 @@ FREE_ON_RESUME = (
     "train.offload_optimizer",
     "train.offload_parameters",
     "train.compile",
+    "train.deterministic",
     "train.deepspeed",
     "checkpoint",
     "guard",

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +44,26 @@ def give_back_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch._C._host_emptyCache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+@contextlib.contextmanager
+def fixed_order_kernels(wanted: bool) -> Iterator[None]:
+    """Where wanted, operations inside add in a fixed order, or raise a RuntimeError that names the one that cannot.
+
+    To be entered before anything is multiplied on a GPU: cuBLAS reads its setting once.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

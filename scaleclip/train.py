@@ -23,7 +23,7 @@ from scaleclip.guard import StopSignal
 from scaleclip.losses.objective import check_runs_on
 from scaleclip.models.towers import check_tokenizer
 from scaleclip.run_folder import log_to, open_run, start_name
-from scaleclip.runtime import give_back_memory
+from scaleclip.runtime import fixed_order_kernels, give_back_memory
 from scaleclip.stages import Stage, stage_at, stages_of
 from scaleclip.status import StatusFile, mark_finished
 from scaleclip.train_stage import Run, StageData, train_stage
@@ -80,6 +80,7 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         quarantine = Quarantine(folder if world.is_main else None)
     run = Run(config, folder, start, world, cache, suite, total_steps, checkpointer, quarantine, stop, status, profile)
     with ExitStack() as at_end:
+        at_end.enter_context(fixed_order_kernels(config.train.deterministic))
         if lock:
             at_end.callback(lock.close)
         at_end.callback(run.close)

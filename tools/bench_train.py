@@ -2,6 +2,7 @@
 
 python tools/bench_train.py peers --source memory               images/s of both trainers on one batch in memory
 python tools/bench_train.py peers --source shards --workers 1   and end to end from JPEG shards
+python tools/bench_train.py peers --device cuda --towers ViT-B/32 --batch 1024 --precision bf16
 python tools/bench_train.py batch                               32,768 pairs a step on 1 and 2 ranks: loss, memory, learning
 python tools/bench_train.py step --stage 0,1,2,3                a step's parts and its traffic, in one pass and in two
 python tools/bench_train.py draw RECORD.csv PICTURE.png
@@ -22,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -33,6 +35,7 @@ from train_bench.points import (
     OPEN_CLIP,
     OURS,
     Answer,
+    Device,
     Layout,
     LearnJob,
     MemoryJob,
@@ -96,6 +99,7 @@ def _run_peers(options: argparse.Namespace) -> None:
                 log_every=options.log_every,
                 shards=tuple(tars),
                 folder=Path(name),
+                device=options.device,
             )
             for setting in options.setting
             for trainer in (OURS, OPEN_CLIP)
@@ -210,6 +214,8 @@ def _draw(rows: Sequence[records.Row], path: Path) -> None:
 
 def _about(options: argparse.Namespace) -> About:
     about = About.now(options.command, getattr(options, "rounds", 1), repeats=1)
+    if getattr(options, "device", "cpu") == "cuda":
+        about = replace(about, cpu=torch.cuda.get_device_name())
     if about.load > QUIET_LOAD:
         print(f"the load average is {about.load}: times are of use only on a quiet machine", file=sys.stderr)
     return about
@@ -227,6 +233,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 def _check_peers(options: argparse.Namespace) -> None:
     model = model_config(options.towers or _TOWERS[options.source])
     open_clip_config(model)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("argument --device: cuda needs a GPU, and torch finds none")
     if options.source == "shards" and model.text.tokenizer != "clip":
         raise ValueError(f"argument --towers: {options.towers} reads another vocabulary than open_clip's tokenizer writes")
 
@@ -277,6 +285,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="plain, medium (torch.set_float32_matmul_precision), compile (torch.compile), for both trainers (default: plain)",
     )
+    parser.add_argument("--device", choices=get_args(Device), default="cpu", help="(default: cpu)")
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="scaleclip's train.zero_stage (default: 1)")
     parser.add_argument("--batch", type=positive, help="pairs a step (default: 32 from memory, 128 from shards)")
     parser.add_argument("--workers", type=natural, default=1, help="loader processes, from shards (default: 1)")

@@ -4,8 +4,8 @@ python tools/tune_kernels.py --by machine-code --architecture sm90    compiled a
 python tools/tune_kernels.py --by time                                measured, on the GPU that is here
 
 By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula
-is printed). By time: the one with the least median time, of those whose results agree with the panels. The rows of what was
-chosen are replaced, and those for all other architectures; without --write the choice is only printed.
+is printed). By time: of those without spills that agree with the panels, the one with the least median time of the GPU. The
+rows of what was chosen are replaced, and those for all other architectures; without --write the choice is only printed.
 """
 
 import os
@@ -15,9 +15,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # jit functions bind when they are imp
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -27,8 +28,8 @@ from rich.table import Table
 import scaleclip_kernels
 from kernel_inspection.chips import CHIPS
 from kernel_inspection.compiled import Report, inspect
-from kernel_inspection.timing import time_launch
-from kernel_inspection.variants import DIM, Options, Variant
+from kernel_inspection.timing import fault_of, time_launch
+from kernel_inspection.variants import DIM, Dtype, Options, Variant
 from scaleclip_kernels.tuning import ARCHITECTURES, KERNELS, OTHER, PRODUCTS, Kernel, Key, Launch, Products, architecture
 
 PATH = Path(scaleclip_kernels.__file__).parent / "launches.csv"
@@ -43,6 +44,8 @@ TILES_FP32 = ((128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4), (64, 64, 8
 # or spills on any that is. The sums of fp32 features would, in longer steps.
 OTHER_LAUNCH = Launch(64, 64, 32, num_warps=4, num_stages=2, tma=False)
 OTHER_FP32_SUMS = replace(OTHER_LAUNCH, block_dim=16)
+GROUPS = (8, 64)
+"""Tried by time."""
 L2_BYTES_A_CYCLE = 32
 """From the second-level cache to one multiprocessor, all of them at work: an assumption, half of what its port is wide."""
 FORMULA = (
@@ -51,8 +54,8 @@ FORMULA = (
 )
 
 
-def candidates(architecture: str, products: Products) -> Iterator[Launch]:
-    """Launches worth a try."""
+def candidates(architecture: str, products: Products, groups: Sequence[int] = (8,)) -> Iterator[Launch]:
+    """Launches worth a try. Groups differ in what the second-level cache holds, which machine code does not show."""
     is_nvidia = architecture.startswith("sm")
     has_tma = is_nvidia and int(architecture[2:]) >= 90
     dims = (16, 32) if products == "tf32x3" else (32,) if products == "ieee" else (64,) if has_tma else (32, 64)
@@ -60,8 +63,9 @@ def candidates(architecture: str, products: Products) -> Iterator[Launch]:
         for block_dim in dims:
             for stages in (3, 4) if is_nvidia else (2,):
                 # the FMA units read shared memory as TMA lays it out with an address calculation an element
-                for tma in (True,) if has_tma and products != "ieee" else (False,):
-                    yield Launch(rows, columns, block_dim, warps, stages, tma)
+                tma = has_tma and products != "ieee"
+                for group in groups:
+                    yield Launch(rows, columns, block_dim, warps, stages, tma, group)
 
 
 def spellings(products: Products, kernel: Kernel, positives: bool) -> Sequence[Options]:
@@ -79,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=("machine-code", "time"), required=True, help="an estimate, or a measurement")
     parser.add_argument("--architecture", default=",".join(ARCHITECTURES), help="by machine code: which (default: %(default)s)")
     parser.add_argument("--kernel", default=",".join(KERNELS), help="which (default: %(default)s)")
+    parser.add_argument("--products", default=",".join(PRODUCTS), help="of what features (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16_384, help="by time: pairs (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at once (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="replace the rows of launches.csv")
@@ -86,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("jobs", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} must be at least 1")
-    for name, allowed in (("architecture", ARCHITECTURES), ("kernel", KERNELS)):
+    for name, allowed in (("architecture", ARCHITECTURES), ("kernel", KERNELS), ("products", PRODUCTS)):
         for value in getattr(options, name).split(","):
             if value not in allowed:
                 parser.error(f"--{name} {value} is not one of {', '.join(allowed)}")
@@ -109,13 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for key in keys:
         is_long = key.kernel == "softmax_sums" and key.products != "16 bits"
         rows[key] = OTHER_FP32_SUMS if is_long else OTHER_LAUNCH, "what fits everywhere"
-    for name in architectures:
-        for key in (key._replace(architecture=name) for key in keys if key.kernel in options.kernel.split(",")):
-            if key.products == "tf32x3" and not name.startswith("sm"):
-                continue  # Triton has no such products there
-            launch = _by_time(console, key, options.batch) if options.by == "time" else _by_code(console, key, options.jobs)
-            if launch is not None:
-                rows[key] = launch, chosen_by
+    chosen = [
+        key._replace(architecture=name)
+        for name in architectures
+        for key in keys
+        # Triton has no products in three TF32 parts on AMD
+        if key.products != "tf32x3" or name.startswith("sm")
+        if key.kernel in options.kernel.split(",") and key.products in options.products.split(",")
+    ]
+    faults = _faults(console, chosen, options.jobs) if options.by == "time" else {}
+    for key in chosen:
+        found = _by_time(console, key, options.batch, faults) if faults else _by_code(console, key, options.jobs)
+        if found is not None:
+            rows[key] = found, chosen_by
     if options.write:
         _write(rows)
         console.print(f"{len(rows)} rows of {PATH.name} replaced")
@@ -133,12 +144,7 @@ def estimated_cycles(report: Report) -> float:
 
 
 def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
-    dtype = "bf16" if key.products == "16 bits" else "fp32"
-    tried = [
-        [Variant(key.architecture, key.kernel, dtype, key.products, options, launch)  # type: ignore[arg-type]
-         for options in spellings(key.products, key.kernel, key.positives)]
-        for launch in candidates(key.architecture, key.products)
-    ]  # fmt: skip
+    tried = [_variants(key, launch) for launch in candidates(key.architecture, key.products)]
     with ProcessPoolExecutor(jobs) as pool:
         work = pool.map(_inspect_all, tried)
         results = list(track(work, f"{key}", total=len(tried), console=console, transient=True))
@@ -153,7 +159,7 @@ def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
             continue
         spills = max(report.spills + report.stack_bytes for report in reports)
         shared = max(report.shared_bytes for report in reports)
-        fits = shared <= CHIPS[key.architecture].shared_bytes
+        fits = _fits(reports)
         cycles = estimated_cycles(reports[0]) if fits else float("inf")
         first = reports[0]
         table.add_row(_shown(launch), str(first.registers), str(spills), str(shared >> 10), str(first.blocks), f"{cycles:.4f}")
@@ -164,6 +170,20 @@ def _by_code(console: Console, key: Key, jobs: int) -> Launch | None:
     return None if best is None else best[1]
 
 
+def _variants(key: Key, launch: Launch) -> list[Variant]:
+    """What a launch must fit; the first is the one that counts."""
+    dtype: Dtype = "bf16" if key.products == "16 bits" else "fp32"
+    return [
+        Variant(key.architecture, key.kernel, dtype, key.products, options, launch)
+        for options in spellings(key.products, key.kernel, key.positives)
+    ]
+
+
+def _fits(reports: Sequence[Report]) -> bool:
+    chip = CHIPS[reports[0].variant.architecture]
+    return all(report.shared_bytes <= chip.shared_bytes for report in reports)
+
+
 def _inspect_all(variants: Sequence[Variant]) -> list[Report] | str:
     try:
         return [inspect(variant) for variant in variants]
@@ -171,22 +191,37 @@ def _inspect_all(variants: Sequence[Variant]) -> list[Report] | str:
         return f"does not compile: {type(error).__name__}"
 
 
-def _by_time(console: Console, key: Key, batch: int) -> Launch | None:
+def _faults(console: Console, keys: Sequence[Key], jobs: int) -> dict[tuple[Key, Launch], str]:
+    """What is wrong with each launch, empty where nothing is; all are compiled, side by side in processes of their own."""
+    tried = [(key, launch) for key in keys for launch in candidates(key.architecture, key.products, GROUPS)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        work = pool.map(fault_of, *zip(*tried, strict=True))
+        return dict(zip(tried, track(work, "compiled and checked", total=len(tried), console=console), strict=True))
+
+
+def _by_time(console: Console, key: Key, batch: int, faults: Mapping[tuple[Key, Launch], str]) -> Launch | None:
+    """The fastest without spills, whatever the options."""
     table = Table("launch", "ms", title=str(key), title_justify="left")
-    best: tuple[float, Launch] | None = None
-    for launch in candidates(key.architecture, key.products):
-        milliseconds, fault = time_launch(key, launch, batch)
-        table.add_row(_shown(launch), fault or f"{milliseconds:.3f}")
-        if not fault and (best is None or milliseconds < best[0]):
-            best = milliseconds, launch
+    timed = []
+    for launch in candidates(key.architecture, key.products, GROUPS):
+        fault = faults[key, launch]
+        if not fault:
+            timed.append((time_launch(key, launch, batch), launch))
+        table.add_row(_shown(launch), fault or f"{timed[-1][0]:.3f}")
     console.print(table)
-    return None if best is None else best[1]
+    for milliseconds, launch in sorted(timed, key=lambda each: each[0]):
+        reports = _inspect_all(_variants(key, launch))
+        if isinstance(reports, list) and _fits(reports) and not any(report.spills + report.stack_bytes for report in reports):
+            console.print(f"  -> {_shown(launch)}: {milliseconds:.3f} ms")
+            return launch
+        console.print(f"  {_shown(launch)}: {milliseconds:.3f} ms, but spills with some options", markup=False)
+    return None
 
 
 def _shown(launch: Launch) -> str:
     path = "TMA" if launch.tma else "pointers"
     tile = f"{launch.block_rows} x {launch.block_columns} x {launch.block_dim}"
-    return f"{tile}, {launch.num_warps} warps, {launch.num_stages} stages, {path}"
+    return f"{tile}, {launch.num_warps} warps, {launch.num_stages} stages, {path}, groups of {launch.group}"
 
 
 def _write(rows: dict[Key, tuple[Launch, str]]) -> None:

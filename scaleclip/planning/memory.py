@@ -26,7 +26,7 @@ _FP32_BYTES = 4
 _ZERO_DEFAULTS = {"stage3_prefetch_bucket_size": 50_000_000, "stage3_max_reuse_distance": 1_000_000_000}
 _STAGE_0_BUCKET = 500_000_000
 # of scaleclip_kernels, in its triton_launch.py, panels.py and distributed.py
-_TRITON_BYTES = (64 << 20) + (32 << 20)
+_TRITON_BYTES = (64 << 20) + (256 << 20)
 _PANELS_BYTES = 2 * 1024 * 1024 * _FP32_BYTES
 _GATHERED_BYTES = 64 << 20
 # of scaleclip.losses.projection

@@ -24,6 +24,9 @@ DEVICE = torch.device("cuda")
 MIB = 1 << 20
 LOSSES: dict[str, Callable[..., Tensor]] = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
 
+# times plain torch's error: logits in base 2 are 1.44 times as large, and so is what their rounding costs
+_AT_MOST = 3.0
+
 by_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -76,12 +79,13 @@ def test_no_worse_than_plain_torch(
     plain = plain_step(name, x, y, scale)
     ours = step(name, x, y, scale, backend="triton", fp32_precision=precision)
     for what, true, theirs, got in zip(("loss", "dx", "dy", "dscale"), truth, plain, ours, strict=True):
-        size = true.abs().max()
+        size = true.norm()
         # the result's own rounding; of a scalar also what cancels in it
         slack = 2 * torch.finfo(got.dtype).eps * size + (1e-6 if got.ndim == 0 else 1e-7 * size)
         if what == "dscale" and dtype != torch.float32:
             slack = slack + torch.finfo(dtype).eps * size
-        error, allowed = (got - true).abs().max(), 2 * (theirs - true).abs().max() + slack
+        # norms: which of the two has the largest single error is chance
+        error, allowed = (got - true).norm(), _AT_MOST * (theirs - true).norm() + slack
         assert error <= allowed, f"{what}: {error:.2e} > {allowed:.2e}"
 
 
@@ -158,7 +162,7 @@ def test_large_batches_need_no_quadratic_memory(name: str, num_pairs: int) -> No
     else:
         column_sums = torch.zeros(num_pairs, dtype=torch.float64, device=DEVICE)
         for start in range(0, num_pairs, 2048):
-            column_sums += (14.3 * x[start : start + 2048].double() @ y.double().T).exp().sum(dim=0)
+            column_sums += (14.3 * x[start : start + 2048].detach().double() @ y.detach().double().T).exp().sum(dim=0)
         gradient = (logits.softmax(dim=1) + logits.exp() / column_sums) / (2 * num_pairs)
         gradient[torch.arange(64, device=DEVICE), matched] -= 1 / num_pairs
     expected = 14.3 * gradient @ y.double()

@@ -1,6 +1,7 @@
-"""Times a launch of a kernel on the GPU that is here, once its results agree with the panels'."""
+"""Whether a launch of a kernel agrees with the panels on the GPU that is here, and its time."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
@@ -17,22 +18,36 @@ _ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 _SCALE = 50.0
 
 
-def time_launch(key: Key, launch: Launch, batch: int, device: str = "cuda") -> tuple[float, str]:
-    """Median milliseconds for `batch` x `batch` logits with bf16 or fp32 features; or what is wrong with the launch."""
-    from triton.testing import do_bench
+def fault_of(key: Key, launch: Launch, device: str = "cuda") -> str:
+    """What is wrong with the launch, by its results or its compilation; empty: nothing.
 
+    It leaves machine code in Triton's cache on disk, for `time_launch` in another process.
+    """
     try:
-        # every launch inside is the one that is tried
-        with mock.patch.object(triton_launch, "launch_for", return_value=launch):
-            block, arguments = _inputs(key, min(_CHECKED_PAIRS, batch), device)
+        with _launching(launch):
+            block, arguments = _inputs(key, _CHECKED_PAIRS, device)
             expected, found = _run(key, panels, block, *arguments)(), _run(key, triton_backend, block, *arguments)()
             error = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
-            if not error <= _ALLOWED[block.x.features.dtype]:
-                return 0.0, f"wrong: off by {error:.1e}"
-            block, arguments = _inputs(key, batch, device)
-            return float(do_bench(_run(key, triton_backend, block, *arguments), return_mode="median")), ""
+            return "" if error <= _ALLOWED[block.x.features.dtype] else f"wrong: off by {error:.1e}"
     except Exception as error:
-        return 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+
+def time_launch(key: Key, launch: Launch, batch: int) -> float:
+    """Median milliseconds of the GPU for `batch` x `batch` logits with bf16 or fp32 features.
+
+    A CUDA graph is replayed, so that a slow host does not count.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    with _launching(launch):
+        block, arguments = _inputs(key, batch, "cuda")
+        return float(do_bench_cudagraph(_run(key, triton_backend, block, *arguments), return_mode="median"))
+
+
+def _launching(launch: Launch) -> AbstractContextManager[object]:
+    """Every launch inside is this one."""
+    return mock.patch.object(triton_launch, "launch_for", return_value=launch)
 
 
 def _inputs(key: Key, num_pairs: int, device: str) -> tuple[Block, tuple[Tensor, Tensor]]:
@@ -51,6 +66,7 @@ def _run(key: Key, backend: object, block: Block, scale: Tensor, terms: Tensor) 
     """A call of the kernel's function; what it returns is compared."""
     num_rows, num_columns = block.shape
     empty = block.x.features.new_zeros
+    bias = torch.tensor(-10.0, device=block.x.features.device)
 
     def sums() -> list[Tensor]:
         out = [empty(size, 4 if key.positives else 2, dtype=torch.float32) for size in (num_rows, num_columns)]
@@ -68,7 +84,6 @@ def _run(key: Key, backend: object, block: Block, scale: Tensor, terms: Tensor) 
     def sigmoid() -> list[Tensor]:
         out = [empty(size, DIM, dtype=torch.float32) for size in (num_rows, num_columns)]
         totals = empty(2, dtype=torch.float64)
-        bias = torch.tensor(-10.0, device=totals.device)
         backend.sigmoid_block(block, scale, bias, None, totals, out[0], lambda: out[1])  # type: ignore[attr-defined]
         return [*out, totals]
 

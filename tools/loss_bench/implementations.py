@@ -142,6 +142,9 @@ def _inf_cl(setup: Setup) -> "Loss":
     head_dim = next((size for size in (256, 128, 64, 32, 16) if setup.comparison.dim % size == 0), None)
     if head_dim is None:
         raise CannotRun(f"inf_cl needs a dim that is a multiple of 16, not {setup.comparison.dim}")
+    if not torch.distributed.is_initialized():
+        # it asks for its rank even where there is one
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     one_way = module.cal_inf_loss
     return lambda x, y, scale, bias: (
         (one_way(x, y, scale=scale, head_dim=head_dim) + one_way(y, x, scale=scale, head_dim=head_dim)) / 2

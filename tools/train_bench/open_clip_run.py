@@ -55,6 +55,7 @@ def measure(job: PeerJob) -> Answer:
         steps=window.steps,
         num_parameters=num_parameters[0],
         cpu_s=window.cpu_s,
+        peak_bytes=window.peak_bytes,
         # the first line is about the first step, the last one may be about the last
         logged_pairs_per_s=rates[-2] if len(rates) > 2 else None,
         losses=losses,
@@ -64,7 +65,7 @@ def measure(job: PeerJob) -> Answer:
 def _arguments(job: PeerJob) -> list[str]:
     """Its command line."""
     layout = job.layout
-    arguments = ["--model", _MODEL, "--device", "cpu", "--precision", _PRECISIONS[layout.precision]]
+    arguments = ["--model", _MODEL, "--device", job.device, "--precision", _PRECISIONS[layout.precision]]
     arguments += ["--logs", str(job.folder), "--name", _RUN, "--log-every-n-steps", str(job.log_every)]
     arguments += ["--batch-size", str(layout.global_batch), "--epochs", "1", "--warmup", "0", "--wd", "0.2"]
     arguments += ["--grad-clip-norm", "1.0", "--workers", str(job.workers)]

@@ -9,14 +9,15 @@ Precision = Literal["fp32", "bf16"]
 Setting = Literal["plain", "medium", "compile"]
 """plain: torch as it starts; medium: torch.set_float32_matmul_precision("medium"); compile: torch.compile of the towers."""
 Source = Literal["memory", "shards"]
+Device = Literal["cpu", "cuda"]
 Reduction = Literal["chunk", "step"]
 OURS, OPEN_CLIP = "scaleclip", "open_clip"
 
 DATA, FORWARD, LOSS, BACKWARD, STEP, OUTSIDE = "data", "forward", "loss", "backward", "step", "outside"
 FIRST_PASS, REDUCE, GATHER = "first pass", "reduce", "gather"
 PARTS = (DATA, FIRST_PASS, FORWARD, LOSS, BACKWARD, REDUCE, GATHER, STEP, OUTSIDE)
-"""Of a step's time. `forward` is the pass that keeps activations, `step` the clip and the optimizer, `reduce` and `gather`
-DeepSpeed's collectives, `outside` the rest."""
+"""Of a step's time; beside a GPU, the host's. `forward` is the pass that keeps activations, `step` the clip and the optimizer,
+`reduce` and `gather` DeepSpeed's collectives, `outside` the rest."""
 
 Seconds = dict[str, float]
 """By part; together a step."""
@@ -63,6 +64,7 @@ class PeerJob:
     """Tars."""
     folder: Path
     """For the run's files."""
+    device: Device = "cpu"
 
     def label(self) -> str:
         return f"{self.trainer}, {self.setting}, {self.layout.towers} from {self.source}"
@@ -127,3 +129,5 @@ class Answer:
     """Share of pairs, never seen before, whose image is nearest to a text of its class."""
     traffic: Sequence[dict[str, int]] = field(default_factory=list)
     """Of the steps that count, as `scaleclip.traffic.Traffic` counts."""
+    peak_bytes: int = 0
+    """Allocated on a GPU at once in the steps that count."""

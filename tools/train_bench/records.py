@@ -17,6 +17,7 @@ RATIO, CPU_RATIO, BEST_RATIO = (
     "times the peer's pairs per CPU-second",
     "times the peer's best pairs/s",
 )
+PEAK = "peak GPU memory"
 ADDED, BOUND, MATCHED, DIFFERENCE = "peak memory added", "peak over bound", "matched", "loss difference over ranks"
 ONE_PASS = "times the one-pass step"
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from train_bench.points import Answer, Job, MemoryJob
+from train_bench.points import Answer, Job, MemoryJob, PeerJob
 
 TOOLS = Path(__file__).parent.parent
 # what is freed goes back to the system at once, so that the resident memory is what is held
@@ -50,10 +50,10 @@ def _environment(job: Job) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
+    if not (isinstance(job, PeerJob) and job.device == "cuda"):
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment | _GIVE_BACK if isinstance(job, MemoryJob) else environment
 
 

@@ -43,6 +43,7 @@ def measure(job: PeerJob) -> Answer:
         steps=window.steps,
         num_parameters=num_parameters(config.model),
         cpu_s=window.cpu_s,
+        peak_bytes=window.peak_bytes,
         logged_pairs_per_s=inside[-1]["pairs_per_s"] if inside else None,
         losses=[row["loss"] for row in rows],
     )

@@ -16,6 +16,7 @@ from train_bench.records import (
     LOGGED_RATE,
     MATCHED,
     ONE_PASS,
+    PEAK,
     PER_CPU_S,
     RATE,
     RATIO,
@@ -44,6 +45,8 @@ def peers(rounds: Sequence[Mapping[PeerJob, Answer]], about: About) -> list[Row]
         )
         rows += [subject.row(RATE, "1/s", rate[job]), subject.row(PER_CPU_S, "1/s", per_cpu_s[job])]
         rows += _times(subject, [step for answer in answers for step in answer.steps])
+        if job.device == "cuda":
+            rows.append(subject.row(PEAK, "MiB", [answer.peak_bytes / MIB for answer in answers]))
         logged = [answer.logged_pairs_per_s for answer in answers if answer.logged_pairs_per_s is not None]
         if logged:
             rows.append(subject.row(LOGGED_RATE, "1/s", logged))

@@ -13,6 +13,7 @@ from train_bench.records import (
     DIFFERENCE,
     MATCHED,
     ONE_PASS,
+    PEAK,
     PER_CPU_S,
     RATE,
     RATIO,
@@ -37,7 +38,7 @@ def peers(rows: Sequence[Row]) -> Table:
         f"{first.threads} threads, from {first.source}, {first.workers} loader processes",
         title_justify="left",
         caption="pairs/s: median (p20 - p80) of the rounds. x peer: round by round, at the same setting, of wall and of "
-        "processor time, and of wall time at the peer's best setting. Shares are of a step's wall time.",
+        "processor time, and of wall time at the peer's best setting. Shares are of a step's wall time: the host's.",
         caption_justify="left",
     )
     for name in ("trainer", "setting"):
@@ -46,6 +47,9 @@ def peers(rows: Sequence[Row]) -> Table:
     for name in ("pairs/s", "a CPU-second", "x peer", "CPU x peer", "x peer's best", "ms a step", *shares):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("limited by")
+    on_gpu = any(PEAK in point for point in points(rows))
+    if on_gpu:
+        made.add_column("GPU MiB", justify="right")
     for point in points(rows):
         row = point[RATE]
         made.add_row(
@@ -56,7 +60,9 @@ def peers(rows: Sequence[Row]) -> Table:
             *(_spread(point[metric], 3) if row.trainer == OURS else "" for metric in (RATIO, CPU_RATIO, BEST_RATIO)),
             f"{point[STEP_MS].p50:,.0f}",
             *(f"{_share(point, part):.1%}" for part in shares),
-            _limit(point),
+            # where the host's time goes says nothing of what a GPU waits for
+            "" if on_gpu else _limit(point),
+            *([f"{point[PEAK].p50:,.0f}"] if on_gpu else []),
         )
     return made
 

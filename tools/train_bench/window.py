@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import psutil
+import torch
 
 from train_bench.laps import Stopwatch
 from train_bench.points import DATA, PeerJob, Seconds
@@ -17,20 +18,32 @@ class Window:
     def __init__(self, job: PeerJob) -> None:
         self.watch = Stopwatch()
         self._begin, self._end = job.warm_up, job.warm_up + job.steps
+        self._is_cuda = job.device == "cuda"
         self._cpu_s: dict[int, float] = {}
+        self.peak_bytes = 0
+        """Allocated on a GPU at once in the steps that count."""
 
     def watched(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; waiting for one is the part DATA."""
         while True:
             number = len(self.watch.steps)
             if number in (self._begin, self._end):
-                self._cpu_s[number] = _cpu_s()
+                self._mark(number)
             self.watch.next_step()
             with self.watch.part(DATA):
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+
+    def _mark(self, number: int) -> None:
+        """A GPU's work of the steps before is waited for, so that the steps that count take all of theirs and no other."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            if number == self._begin:
+                torch.cuda.reset_peak_memory_stats()
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        self._cpu_s[number] = _cpu_s()
 
     @property
     def steps(self) -> list[Seconds]:
