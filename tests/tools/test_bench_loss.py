@@ -500,6 +500,13 @@ def test_estimate_adds_up(layout: tuple[int, str]) -> None:
     assert ("link" in busy) == (layout[0] > 1)
 
 
+def test_estimated_panels_are_the_kernels() -> None:
+    from scaleclip_kernels import triton_launch
+
+    assert estimate.PANEL_ROWS == triton_launch.GRADIENT_ROWS
+    assert estimate.PANEL_COLUMNS == triton_launch.GRADIENT_BYTES // (triton_launch.GRADIENT_ROWS * estimate.FEATURE_BYTES)
+
+
 @pytest.mark.parametrize("chip", estimate.CHIPS)
 def test_printed_terms_sum_to_the_printed_total(chip: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_loss.main(["--estimate", chip, "--batch", "32768"]) == 0

@@ -52,7 +52,8 @@ MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.9, 0.8
 NODE_HOP_S, NETWORK_HOP_S = 10e-6, 25e-6
 LANES = 128  # a multiprocessor: four schedulers of 32 threads
 THREADS_A_WARP = 32
-PANEL = 4096
+PANEL_ROWS, PANEL_COLUMNS = 8192, 16_384
+"""Of a panel of gradients, in the Triton kernels' launches."""
 MACHINE_CODE = Path(__file__).parents[1] / "results" / "kernels_aot.csv"
 CHUNK_BYTES = 64 << 20
 FEATURE_BYTES = DTYPE_BYTES["bf16"]
@@ -80,7 +81,8 @@ def terms(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[T
     # a reference and a sum in fp32, written and read
     parts = f"1 / {forward.tile_rows} + 1 / {forward.tile_columns}"
     partials = 2 * 8 * pairs * (1 / forward.tile_rows + 1 / forward.tile_columns)
-    accumulation = 2 * 2 * 4 * pairs * dim / PANEL
+    panels = f"1 / {PANEL_ROWS} + 1 / {PANEL_COLUMNS}"
+    accumulation = 2 * 4 * pairs * dim * (1 / PANEL_ROWS + 1 / PANEL_COLUMNS)
     local = [
         Term("forward", "logits", _TENSOR, "2 n N D", 2 * pairs * dim / matmul_rate),
         Term("forward", "epilogue", _ISSUE, f"{forward.instructions:.1f} n N", forward.instructions * pairs / issue_rate),
@@ -91,7 +93,7 @@ def terms(chip: Chip, batch: int, dim: int, world: int, schedule: str) -> list[T
         Term("backward", "epilogue", _ISSUE, f"{backward.instructions:.1f} n N", backward.instructions * pairs / issue_rate),
         Term("backward", "features read", _MEMORY, "2 (n + N) D B", features / memory_rate),
         Term("backward", "gradient panel written, read twice", _MEMORY, "6 n N B", 6 * pairs / memory_rate),
-        Term("backward", "dX, dY accumulated in fp32", _MEMORY, f"16 n N D / {PANEL} B", accumulation / memory_rate),
+        Term("backward", "dX, dY accumulated in fp32", _MEMORY, f"8 n N D ({panels}) B", accumulation / memory_rate),
     ]
     return local if world == 1 else [*local, *_transfers(chip, batch, dim, world, schedule)]
 
