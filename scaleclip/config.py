@@ -359,7 +359,7 @@ class TrainConfig(Section):
     """Compile the towers with torch.compile (stages 0 to 2)."""
     deterministic: bool = False
     """On a GPU only kernels that add in a fixed order: a run then takes the same steps bit for bit every time, and slower ones.
-    An operation that has no such kernel is an error. On a CPU every run does."""
+    An operation that has no such kernel is an error. On a CPU every run does. One stage that asks for it makes all so."""
     deepspeed: Mapping[str, Any] = Field(default_factory=dict)
     """Laid over the DeepSpeed configuration that is derived from the rest (`scaleclip config --deepspeed` shows it)."""
 

@@ -50,20 +50,21 @@ def give_back_memory(device: torch.device) -> None:
 def fixed_order_kernels(wanted: bool) -> Iterator[None]:
     """Where wanted, operations inside add in a fixed order, or raise a RuntimeError that names the one that cannot.
 
-    To be entered before anything is multiplied on a GPU: cuBLAS reads its setting once.
+    To be entered before anything is multiplied on a GPU: cuBLAS reads its setting, which stays in the environment, once.
     """
     if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -80,7 +80,8 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         quarantine = Quarantine(folder if world.is_main else None)
     run = Run(config, folder, start, world, cache, suite, total_steps, checkpointer, quarantine, stop, status, profile)
     with ExitStack() as at_end:
-        at_end.enter_context(fixed_order_kernels(config.train.deterministic))
+        # cuBLAS reads its setting once, so a stage that asks for it makes all of them so
+        at_end.enter_context(fixed_order_kernels(any(stage.config.train.deterministic for stage in stages)))
         if lock:
             at_end.callback(lock.close)
         at_end.callback(run.close)

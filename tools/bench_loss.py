@@ -116,7 +116,7 @@ def _draw(rows: Sequence[records.Row], path: Path) -> None:
 
 
 def _plan(options: argparse.Namespace, command: str) -> runner.Plan:
-    batches = options.batch or (fit.BATCHES if options.fit else [8192])
+    batches = options.batch or (fit.BATCHES[options.device] if options.fit else [8192])
     comparisons = [
         Comparison(batch, dim, dtype, scale, mode, options.world, options.threads, options.device)
         for dim, dtype, mode, scale, batch in itertools.product(

@@ -5,7 +5,8 @@ python tools/tune_kernels.py --by time                                measured, 
 
 By machine code: of the launches without spills whose tiles fit, the one with the fewest estimated cycles a logit (the formula
 is printed). By time: of those without spills that agree with the panels, the one with the least median time of the GPU. The
-rows of what was chosen are replaced, and those for all other architectures; without --write the choice is only printed.
+rows of what was chosen are replaced, and those for all other architectures; those chosen by time give way to machine code only
+where --architecture names theirs. Without --write the choice is only printed.
 """
 
 import os
@@ -36,6 +37,7 @@ PATH = Path(scaleclip_kernels.__file__).parent / "launches.csv"
 KEY_FIELDS = Key._fields
 LAUNCH_FIELDS = tuple(field.name for field in fields(Launch))
 CHOSEN_BY = "chosen_by"
+BY_MACHINE_CODE, BY_TIME = "machine code", "time"
 
 # Rows, columns and warps of a tile. A warp's share of more than 128 x 128 / 4 logits does not fit its registers.
 TILES_16_BITS = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (128, 64, 4), (64, 64, 4))
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--by", choices=("machine-code", "time"), required=True, help="an estimate, or a measurement")
-    parser.add_argument("--architecture", default=",".join(ARCHITECTURES), help="by machine code: which (default: %(default)s)")
+    parser.add_argument("--architecture", help=f"by machine code: which (default: {','.join(ARCHITECTURES)})")
     parser.add_argument("--kernel", default=",".join(KERNELS), help="which (default: %(default)s)")
     parser.add_argument("--products", default=",".join(PRODUCTS), help="of what features (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16_384, help="by time: pairs (default: %(default)s)")
@@ -91,8 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("jobs", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} must be at least 1")
-    for name, allowed in (("architecture", ARCHITECTURES), ("kernel", KERNELS), ("products", PRODUCTS)):
-        for value in getattr(options, name).split(","):
+    architectures = options.architecture.split(",") if options.architecture else list(ARCHITECTURES)
+    for name, values, allowed in (
+        ("architecture", architectures, ARCHITECTURES),
+        ("kernel", options.kernel.split(","), KERNELS),
+        ("products", options.products.split(","), PRODUCTS),
+    ):
+        for value in values:
             if value not in allowed:
                 parser.error(f"--{name} {value} is not one of {', '.join(allowed)}")
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -102,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not torch.cuda.is_available():
             parser.error("--by time needs a GPU, and torch finds none; --by machine-code needs none")
         device = torch.device("cuda")
-        chosen_by = f"time on {torch.cuda.get_device_name()}, torch {torch.__version__}, N = {options.batch}, D = {DIM}"
+        chosen_by = f"{BY_TIME} on {torch.cuda.get_device_name()}, torch {torch.__version__}, N = {options.batch}, D = {DIM}"
         architectures = [architecture(device)]
     else:
-        chosen_by, architectures = "machine code", options.architecture.split(",")
+        chosen_by = BY_MACHINE_CODE
     console.print(FORMULA, markup=False) if options.by == "machine-code" else None
     keys = [
         Key(OTHER, kernel, products, positives) for kernel in KERNELS for products in PRODUCTS for positives in (False, True)
@@ -128,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found is not None:
             rows[key] = found, chosen_by
     if options.write:
-        _write(rows)
+        _write(rows, keep_timed=options.by == "machine-code" and not options.architecture)
         console.print(f"{len(rows)} rows of {PATH.name} replaced")
     return 0
 
@@ -200,22 +207,36 @@ def _faults(console: Console, keys: Sequence[Key], jobs: int) -> dict[tuple[Key,
 
 
 def _by_time(console: Console, key: Key, batch: int, faults: Mapping[tuple[Key, Launch], str]) -> Launch | None:
-    """The fastest without spills, whatever the options."""
+    """The fastest that spills with none of the options in bf16 or fp32."""
     table = Table("launch", "ms", title=str(key), title_justify="left")
     timed = []
     for launch in candidates(key.architecture, key.products, GROUPS):
         fault = faults[key, launch]
         if not fault:
-            timed.append((time_launch(key, launch, batch), launch))
+            try:
+                timed.append((time_launch(key, launch, batch), launch))
+            except RuntimeError as error:  # memory that is not there among them: what was chosen so far is kept
+                fault = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         table.add_row(_shown(launch), fault or f"{timed[-1][0]:.3f}")
     console.print(table)
     for milliseconds, launch in sorted(timed, key=lambda each: each[0]):
-        reports = _inspect_all(_variants(key, launch))
-        if isinstance(reports, list) and _fits(reports) and not any(report.spills + report.stack_bytes for report in reports):
+        reason = _spills(key, launch)
+        if not reason:
             console.print(f"  -> {_shown(launch)}: {milliseconds:.3f} ms")
             return launch
-        console.print(f"  {_shown(launch)}: {milliseconds:.3f} ms, but spills with some options", markup=False)
+        console.print(f"  {_shown(launch)}: {milliseconds:.3f} ms, but {reason}", markup=False)
     return None
+
+
+def _spills(key: Key, launch: Launch) -> str:
+    """With which options; empty: with none, or of a chip whose machine code is not read here."""
+    if key.architecture not in CHIPS:
+        return ""
+    reports = _inspect_all(_variants(key, launch))
+    if isinstance(reports, str):
+        return reports
+    found = [report.variant.options for report in reports if report.spills + report.stack_bytes or not _fits([report])]
+    return f"spills with the options {', '.join(found)}" if found else ""
 
 
 def _shown(launch: Launch) -> str:
@@ -224,8 +245,8 @@ def _shown(launch: Launch) -> str:
     return f"{tile}, {launch.num_warps} warps, {launch.num_stages} stages, {path}, groups of {launch.group}"
 
 
-def _write(rows: dict[Key, tuple[Launch, str]]) -> None:
-    """Put rows in the place of those with the same key; every other row stays as it is."""
+def _write(rows: Mapping[Key, tuple[Launch, str]], *, keep_timed: bool) -> None:
+    """Put rows in the place of those with the same key; every other row stays as it is, and so do measured ones if wanted."""
     kept: dict[tuple[str, ...], dict[str, str]] = {}
     if PATH.exists():
         with PATH.open(newline="") as file:
@@ -235,7 +256,9 @@ def _write(rows: dict[Key, tuple[Launch, str]]) -> None:
         row = {
             name: {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value) for name, value in values.items()
         }
-        kept[tuple(row[name] for name in KEY_FIELDS)] = row
+        place = tuple(row[name] for name in KEY_FIELDS)
+        if not (keep_timed and place in kept and kept[place][CHOSEN_BY].startswith(BY_TIME)):
+            kept[place] = row
     listed = sorted(kept.values(), key=_place)
     with PATH.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*KEY_FIELDS, *LAUNCH_FIELDS, CHOSEN_BY], lineterminator="\n")

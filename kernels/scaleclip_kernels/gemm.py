@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scaleclip_kernels.blocks import row_chunks
+
 CpuLibrary = Literal["onednn", "default"]
 VARIABLE = "SCALECLIP_KERNELS_CPU_GEMM"
 
@@ -82,9 +84,11 @@ def add_panel_product(total: Tensor, left: Tensor, right: Tensor, factor: float)
         with fp32_products(total.device, left.shape[1]):
             total.addmm_(left, right, alpha=factor)
     elif total.device.type == "cpu" or torch.version.hip is not None:
-        # No product into fp32 there (of ROCm's, reports disagree): the same sums from widened operands.
+        # No product into fp32 there (of ROCm's, reports disagree): the same sums from widened operands, a part at a time.
+        wide = right.float()
         with fp32_products(total.device, left.shape[1]):
-            total.addmm_(left.float(), right.float(), alpha=factor)
+            for rows in row_chunks(left):
+                total[rows].addmm_(left[rows].float(), wide, alpha=factor)
     else:
         with torch.autocast(total.device.type, enabled=False):
             torch.addmm(total, left, right, alpha=factor, out_dtype=torch.float32, out=total)

@@ -19,7 +19,7 @@ from scaleclip.checkpoint.state import STATE, TrainState, read_state
 from scaleclip.config import ModelConfig, RunConfig
 from scaleclip.data.tokenizer import SHIPPED, TOKENIZER_FILES
 from scaleclip.errors import ConfigError
-from scaleclip.exchange import open_clip_config, open_clip_names
+from scaleclip.exchange import open_clip_config, open_clip_names, resizing
 from scaleclip.exchange.open_clip_file import read_open_clip_file
 from scaleclip.exchange.rules import named, to_ours
 from scaleclip.exchange.transformers_folder import (
@@ -165,6 +165,7 @@ def _file_config(reference: str, path: Path, file: WeightsFile, like: ModelConfi
     if described.is_file():
         file_config = read_open_clip_file(described)
         config = open_clip_config.model_config(file_config.model, file_config.preprocess, str(described))
+        resizing.warn_of_open_clips(file_config.preprocess, str(described))
         vocabulary = file_config.model["text_cfg"].get("hf_tokenizer_name")
         if vocabulary and (path.parent / "tokenizer.json").is_file():
             vocabulary = str(path.parent)

@@ -29,6 +29,7 @@ from transformers import (
 from scaleclip.config import ImageTowerConfig, ModelConfig
 from scaleclip.data.tokenizer import fast_tokenizer
 from scaleclip.errors import ConfigError
+from scaleclip.exchange import resizing
 from scaleclip.exchange.open_clip_config import checked_model, tower_values
 from scaleclip.exchange.rules import Rule, folded_head, prefixed, projecting, same, scalar, to_theirs
 from scaleclip.exchange.weights import Weights
@@ -171,6 +172,7 @@ def class_config(folder: Path, reference: str, like: ImageTowerConfig | None = N
     embed_dim = text_values.pop("projection_size", text.hidden_size) if kind == "SiglipModel" else whole.projection_dim
     saved = _json(folder / "tokenizer_config.json").get("model_max_length", length)
     processor = _json(folder / PROCESSOR)
+    resizing.warn_of_transformers(processor, f"{reference}'s {PROCESSOR}")
     image = {"type": vision.model_type, "size": _image_size(vision, processor, reference), "config": image_values}
     image["projection"] = kind != "SiglipModel"
     image |= _normalisation(kind, processor, reference, like)

@@ -28,6 +28,7 @@ _STAGE_0_BUCKET = 500_000_000
 # of scaleclip_kernels, in its triton_launch.py, panels.py and distributed.py
 _TRITON_BYTES = (64 << 20) + (256 << 20)
 _PANELS_BYTES = 2 * 1024 * 1024 * _FP32_BYTES
+_ROWS_ELEMENTS = 1 << 24
 _GATHERED_BYTES = 64 << 20
 # of scaleclip.losses.projection
 _HIDDEN_TENSORS = 10
@@ -280,9 +281,12 @@ class _Step:
         return {"activations": held, "loss": self._loss_workspace(), "gathered": self._gathered(), **lasting}
 
     def _loss_workspace(self) -> int:
-        """Of all terms: what each saves stays until their sum's backward pass."""
+        """Of all terms: what each saves stays until their sum's backward pass. Panels belong to one at a time."""
         width, projector = self._model.embed_dim, self._model.projector
-        held = self._contrastive_workspace(width, self._views)
+        is_triton = self._device == "cuda" and self._loss.backend in ("auto", "triton")
+        held = self._contrastive_workspace(width, self._views) + (_TRITON_BYTES if is_triton else _PANELS_BYTES)
+        if self._device == "cuda" and not is_triton:
+            held += 2 * _FP32_BYTES * min(_ROWS_ELEMENTS, self._share * width)
         if projector:
             # of both views: two hidden layers, each before, in and behind its norm and ReLU, with gradients
             hidden = 2 * self._share * (_HIDDEN_TENSORS * projector.hidden + 2 * projector.dim)
@@ -299,8 +303,6 @@ class _Step:
         # texts of all views in one tensor, both sides in the compute dtype, their gradients
         local = _FP32_BYTES * texts + (compute_bytes * (images + texts) if compute_bytes == 2 else 0)
         local += _FP32_BYTES * (images + texts)
-        is_triton = self._device == "cuda" and self._loss.backend in ("auto", "triton")
-        local += _TRITON_BYTES if is_triton else _PANELS_BYTES
         if self._world_size == 1:
             return local
         if uses_ring(self._loss, self._world_size):

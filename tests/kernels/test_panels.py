@@ -83,12 +83,16 @@ def test_panels_of_three_million_rows_and_columns_cover_all_once(monkeypatch: py
     assert corners[-1][0].stop == size
 
 
-@pytest.mark.parametrize(("num_rows", "row_elements"), [(0, 8), (1, 8), (10, 0), (7, 1 << 22), (3_000_000, 8), (300_000, 1152)])
-def test_row_chunks_cover_all_once(num_rows: int, row_elements: int) -> None:
-    chunks = list(row_chunks(torch.empty(1).expand(num_rows, row_elements)))
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1 << 21), ("meta", 1 << 24)])
+@pytest.mark.parametrize(("num_rows", "row_elements"), [(0, 8), (1, 8), (10, 0), (7, 1 << 25), (3_000_000, 8), (300_000, 1152)])
+def test_row_chunks_cover_all_once(num_rows: int, row_elements: int, device: str, most: int) -> None:
+    chunks = list(row_chunks(torch.empty(1, device=device).expand(num_rows, row_elements)))
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])][: len(chunks)]
     assert (chunks[-1].stop if chunks else 0) == num_rows
-    assert all((chunk.stop - chunk.start) * row_elements <= 1 << 21 or chunk.stop - chunk.start == 1 for chunk in chunks)
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert all(size * row_elements <= most or size == 1 for size in sizes)
+    # as few as there can be
+    assert all(size + 1 > most // max(row_elements, 1) for size in sizes[:-1])
 
 
 @pytest.mark.slow

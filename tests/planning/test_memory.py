@@ -11,8 +11,8 @@ from scaleclip.models.dual_encoder import DualEncoder
 from scaleclip.planning import memory
 from scaleclip.planning.counting import count_flops, count_memory, num_tokens
 from scaleclip.planning.memory import largest_micro_batch, step_memory
+from scaleclip_kernels import blocks, panels, triton_launch
 from scaleclip_kernels import distributed as ring
-from scaleclip_kernels import panels, triton_launch
 from storage_tracker import StorageTracker
 
 CONFIG = "configs/demo.yaml"
@@ -171,6 +171,7 @@ def test_what_the_kernels_and_deepspeed_hold_is_what_they_say():
     assert ring.GATHERED_BYTES == memory._GATHERED_BYTES
     assert triton_launch.PARTIAL_BYTES + triton_launch.GRADIENT_BYTES == memory._TRITON_BYTES
     assert 2 * 4 * panels.PANEL_ROWS * panels.PANEL_COLUMNS == memory._PANELS_BYTES
+    assert blocks.ELEMENTS_AT_A_TIME["other"] == memory._ROWS_ELEMENTS
     for stage in (1, 2, 3):
         settings = deepspeed_config(config_of(f"train.zero_stage={stage}"), 2)["zero_optimization"]
         assert not settings.get("overlap_comm", False) or stage == 3

@@ -103,6 +103,50 @@ def test_the_window_leaves_out_the_warm_up_and_the_end(clock: list[float]) -> No
     assert 0 <= window.cpu_s < 5
 
 
+def test_a_gpu_is_waited_for_at_both_ends_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name, answer in (("synchronize", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 3 << 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, answer=answer: calls.append(name) or answer)
+    window = Window(a_peer_job(device="cuda"))
+    for number in window.watched(iter(range(10))):
+        calls.append(number)
+    begin = ["synchronize", "reset_peak_memory_stats", "max_memory_allocated"]
+    assert calls == [0, 1, *begin, 2, 3, 4, "synchronize", "max_memory_allocated", 5, 6, 7, 8, 9]
+    assert window.peak_bytes == 3 << 20
+
+
+@pytest.mark.parametrize(("job", "is_hidden"), [(a_peer_job(), True), (a_peer_job(device="cuda"), False)])
+def test_a_gpu_is_hidden_from_what_is_not_measured_on_it(
+    job: PeerJob, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    environment = runner._environment(job)
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment.get("DS_ACCELERATOR")) == (
+        ("", "cpu") if is_hidden else ("5", None)
+    )
+
+
+def test_trainers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its memory and its own step time, and nothing of where the host's time goes."""
+    arguments = ["peers", "--towers", "digits", "--batch", "16", "--device", "cuda", "--rounds", "1"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_train.main(arguments)
+    assert "argument --device: cuda needs a GPU, and torch finds none" in capsys.readouterr().err
+    jobs = answers_at_once(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert bench_train.main([*arguments, "--csv", str(tmp_path / "train.csv")]) == 0
+    assert {job.device for job in jobs} == {"cuda"}
+    rows = records.read(tmp_path / "train.csv")
+    assert {row.machine for row in rows} == {"a GPU"}
+    assert [row.metric for row in rows].count("peak GPU memory") == 2
+    shown = capsys.readouterr().out
+    assert "GPU MiB" in shown
+    assert "limited by" in shown
+    assert "towers (" not in shown
+
+
 def test_pairs_are_the_same_in_every_layout() -> None:
     pairs = Pairs(towers.model_config("digits"))
     whole = pairs.chunk(3, range(64))

@@ -296,6 +296,27 @@ def test_gate_reports_each_fault(changes: dict[str, object], expected: str) -> N
     assert expected in fault
 
 
+@pytest.mark.parametrize(("more_stack", "more_spills", "passes"), [(0, 0, True), (-8, -3, True), (8, 0, False), (0, 1, False)])
+def test_known_spills_may_not_grow(more_stack: int, more_spills: int, passes: bool) -> None:
+    stack_bytes, spills = gate.KNOWN_SPILLS["sm90 softmax_sums fp16 plain"]
+    report = a_report(a_variant(dtype="fp16"), stack_bytes=stack_bytes + more_stack, spills=spills + more_spills)
+    assert (faults(report, report) == []) == passes
+    assert len(faults(replace(report, variant=a_variant()), a_report())) == 1
+
+
+def test_known_spills_are_those_of_the_record() -> None:
+    with (Path(inspect_kernels.__file__).parent / "results" / "kernels_aot.csv").open(newline="") as file:
+        recorded = {
+            f"{row['architecture']} {row['kernel']} {row['dtype']} {row['options']}": (
+                int(row["stack_bytes"]),
+                int(row["spills"]),
+            )
+            for row in csv.DictReader(file)
+            if row["spills"] != "0" or row["stack_bytes"] != "0"
+        }
+    assert recorded == gate.KNOWN_SPILLS
+
+
 def test_gate_reports_growth_and_what_the_baseline_lacks() -> None:
     (fault,) = faults(a_report(ratio=0.52), a_report(ratio=0.5))
     assert "epilogue ratio grew from 0.500" in fault

@@ -14,8 +14,9 @@ GROWTH = 1.02
 """Of an epilogue ratio over the recorded one: more than a compiler's noise."""
 BOUNDS: dict[tuple[str, Kernel], float] = {("sm90", "softmax_sums"): 0.55, ("sm90", "softmax_gradients"): 0.45}
 """Of epilogue ratios of 16-bit products where all pairs count: beside the matrix units there must be time for memory."""
-KNOWN_SPILLS = {"sm90 softmax_sums fp16 plain": 10}
-"""Instructions on the stack of variants whose launch is the fastest all the same: measured, by the launch table."""
+KNOWN_SPILLS = {"sm90 softmax_sums fp16 plain": (24, 10)}
+"""Bytes of stack a thread and instructions on it, beside the main loop, of variants whose launch is by a tenth the fastest of
+bf16 features. What they cost fp16 was not timed."""
 INSTRUCTIONS: dict[str, dict[Products, str]] = {
     "sm80": {"16 bits": r"m16n8k16", "tf32x3": r"m16n8k8"},
     "sm90": {"16 bits": r"m64n\d+k16", "tf32x3": r"m64n\d+k8"},
@@ -29,17 +30,17 @@ def variant_faults(variant: Variant, found: Report | Failure, recorded: Row | No
     """What is wrong, a line each; the variant is named by the caller."""
     if isinstance(found, Failure):
         return [f"does not compile: {found.reason}"]
-    faults = resource_faults(variant.architecture, found, KNOWN_SPILLS.get(variant.name, 0))
+    faults = resource_faults(variant.architecture, found, KNOWN_SPILLS.get(variant.name, (0, 0)))
     faults += [_instruction_fault(found), _path_fault(found), _bound_fault(found), _growth_fault(found, recorded)]
     return [fault for fault in faults if fault]
 
 
-def resource_faults(architecture: str, found: Resources | Failure, known_spills: int = 0) -> list[str]:
+def resource_faults(architecture: str, found: Resources | Failure, known_spills: tuple[int, int] = (0, 0)) -> list[str]:
     """Of any kernel."""
     if isinstance(found, Failure):
         return [f"does not compile: {found.reason}"]
     faults = []
-    if found.spills > known_spills or (found.stack_bytes and not known_spills):
+    if found.stack_bytes > known_spills[0] or found.spills > known_spills[1]:
         faults.append(f"spills: {found.stack_bytes} bytes of stack a thread, {found.spills} instructions on it")
     limit = CHIPS[architecture].shared_bytes
     if found.shared_bytes > limit:

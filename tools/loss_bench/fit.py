@@ -13,8 +13,8 @@ from rich.table import Table
 from loss_bench.points import Point
 from loss_bench.summary import MIB, Outcome
 
-BATCHES = (2048, 4096, 8192)
-"""Where no --batch is given."""
+BATCHES = {"cpu": (2048, 4096, 8192), "cuda": (32_768, 65_536, 131_072)}
+"""By device, where no --batch is given: large enough that panels have their full size."""
 
 # A bend of less than this, or less than this share of the largest measurement, is the allocator's, not the algorithm's: the
 # same point measured five times gave 61 to 81 MiB.

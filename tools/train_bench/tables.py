@@ -58,7 +58,8 @@ def peers(rows: Sequence[Row]) -> Table:
             _spread(row, 1),
             _spread(point[PER_CPU_S], 1),
             *(_spread(point[metric], 3) if row.trainer == OURS else "" for metric in (RATIO, CPU_RATIO, BEST_RATIO)),
-            f"{point[STEP_MS].p50:,.0f}",
+            # a GPU's host runs ahead of it: its steps are the rate's
+            f"{1e3 * row.global_batch / row.p50 if on_gpu else point[STEP_MS].p50:,.0f}",
             *(f"{_share(point, part):.1%}" for part in shares),
             # where the host's time goes says nothing of what a GPU waits for
             "" if on_gpu else _limit(point),
