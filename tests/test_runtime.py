@@ -34,9 +34,10 @@ def test_operations_add_in_a_fixed_order_only_inside():
 @pytest.mark.usefixtures("_no_workspace_setting")
 def test_a_run_trains_with_the_kernels_it_asks_for(tiny_config, tmp_path, monkeypatch):
     seen = []
-    # another test's start on this process may have left its rank
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    # a start leaves its rank in the environment: gone before, and after
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def no_steps(run, stage, data, state, found):
         seen.append(torch.are_deterministic_algorithms_enabled())
