@@ -1,6 +1,5 @@
 """The commands `scaleclip captions ...`. Imports inside, as in scaleclip/cli.py."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -145,11 +144,12 @@ def _run(
     from scaleclip.captioning.job import write_texts
     from scaleclip.config import CacheConfig
     from scaleclip.data.cache import ShardCache
+    from scaleclip.data.read_ahead import default_workers
     from scaleclip.data.source import open_shards
     from scaleclip.shown_progress import ShownProgress
 
     world = distributed.init(timeout=distributed.PATIENT)
-    processes = max((os.cpu_count() or 1) // world.local_size, 1) if workers is None else workers
+    processes = default_workers(world.local_size) if workers is None else workers
     with distributed.all_or_none():
         # first: it takes less long than a model
         shards = open_shards("--data", data, manifest, ShardCache(CacheConfig(folder=cache) if cache else CacheConfig()))
@@ -162,20 +162,19 @@ def _run(
     distributed.shutdown()
     if not world.is_main:
         return
-    counts, shown = summary.whole, progress.console
+    counts, there = summary.whole, f"{summary.shards:,} shard" + "s" * (summary.shards != 1)
     if summary.left:
-        shown.print(
-            f"{out}: {summary.shards:,} shards are there, {summary.left:,} are left to other tasks of the job array",
-            highlight=False,
-        )
-        return
-    shown.print(
-        f"{out}: {counts.texts:,} texts of {summary.samples:,} samples in {summary.shards:,} shards, {counts.fit:,} fit for "
-        f"training, in {out}/sidecar", highlight=False,
-    )  # fmt: skip
+        said = [f"{out} holds {there}, {summary.left:,} are left to other tasks of the job array"]
+    else:
+        found = f"{counts.texts:,} texts of {summary.samples:,} samples in {there}"
+        said = [f"{out} holds {found}, {counts.fit:,} fit for training, in {out}/sidecar"]
     if counts.reasons:
         causes = ", ".join(f"{reason}: {number:,}" for reason, number in counts.reasons.items())
-        shown.print(f"{sum(counts.reasons.values()):,} are not ({causes}): see {out}/texts", highlight=False)
+        said.append(
+            f"{sum(counts.reasons.values()):,} are not ({causes}): see {out}/texts, or some of them by `captions score`"
+        )
+    for line in said:
+        progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 captions_app.command()(score)

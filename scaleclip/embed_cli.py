@@ -1,6 +1,5 @@
 """The command `scaleclip embed`. Imports inside, as in scaleclip/cli.py."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +40,7 @@ def embed(
     from scaleclip.config import CacheConfig
     from scaleclip.config_io import named_architecture
     from scaleclip.data.cache import ShardCache
+    from scaleclip.data.read_ahead import default_workers
     from scaleclip.embedding.chunks import Wanted
     from scaleclip.embedding.embed import Embedder
     from scaleclip.embedding.embed import embed as embed_shards
@@ -56,7 +56,7 @@ def embed(
     named = {"members": tuple(image)} if image else {}
     wanted = Wanted(
         tuple(data), manifest, what != "texts", **named, text=None if what == "images" else text, batch=batch,
-        workers=max((os.cpu_count() or 1) // world.local_size, 1) if workers is None else workers,
+        workers=default_workers(world.local_size) if workers is None else workers,
     )  # fmt: skip
     cache_config = CacheConfig(folder=cache) if cache else CacheConfig()
     with ShownProgress("embedding", "samples", quiet=not world.is_main) as progress:

@@ -74,12 +74,15 @@ class ShardFolder:
             RunError: it cannot be written.
         """
         manifest = self.path / MANIFEST
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--out={self.path} is a file: give a folder")
         # first: another task may be making the manifest
         has_files = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if manifest.exists():
             before = json.loads(manifest.read_text())
             differing = [key for key, value in self._identity.items() if before.get(key) != value]
-            if differing:
+            # a start that made nothing binds nobody
+            if differing and self._has_results():
                 rows = "\n".join(f"  {key}: {before.get(key)!r} there, {self._identity[key]!r} now" for key in differing)
                 raise ConfigError(f"--out={self.path} has other {self._what}:\n{rows}\ngive another folder")
         elif has_files:
@@ -101,6 +104,10 @@ class ShardFolder:
             for folder in (self._files, *(self.path / name for name in self._others)):
                 folder.mkdir(exist_ok=True)
         return there
+
+    def _has_results(self) -> bool:
+        """Or what results are being made of; the manifest and what else processes say of themselves is JSON."""
+        return any(path.is_file() and path.suffix != ".json" for path in self.path.rglob("*"))
 
     def file(self, name: str) -> Path:
         """Of a shard."""

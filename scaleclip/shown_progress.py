@@ -50,4 +50,6 @@ class ShownProgress:
             self._said_s, self._said_done = time.monotonic(), done
             left = f", {(total - done) / rate / 60:,.1f} min left" if rate and done < total else ""
             said = f", {more}" * bool(more)
-            self.console.print(f"{done:,} of {total:,} {self._units}, {rate:,.0f} a second{said}{left}", highlight=False)
+            made = f", {rate:,.0f} a second{said}{left}" if rate else ": nothing is left to do" * (done == total)
+            # a log's lines are not cut where a terminal would end
+            self.console.print(f"{done:,} of {total:,} {self._units}{made}", highlight=False, soft_wrap=True)

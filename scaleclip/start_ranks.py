@@ -1,18 +1,16 @@
 """A command on several processes of this machine, by torchrun."""
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from scaleclip.parent_death import end_with_parent
 
 
 def start_ranks(ranks: int) -> None:
     """Run this command on `ranks` processes of this machine instead, by torchrun, and exit with their code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank ends when its torchrun is killed
+        end_with_parent()  # a rank, when its torchrun is killed
     launched = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     if ranks == 1 or launched:
         return

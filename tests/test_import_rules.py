@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "status": set(),
     "optim": {"config", "models"},
     "run_folder": {"config", "config_io", "status"},
-    "data": {"config"},
+    "parent_death": set(),
+    "data": {"config", "parent_death"},
     "models": {"config"},
     "losses": {"config", "models", "scaleclip_kernels"},
     "metrics": {"config", "evaluation", "run_folder"},
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "evaluate_run": {
         "checkpoint", "config", "data", "distributed", "evaluation", "exchange", "run_folder", "status", "trained_model",
     },
-    "start_ranks": set(),
+    "start_ranks": {"parent_death"},
     "eval_cli": {
         "cli_arguments", "config_io", "data", "distributed", "evaluate_run", "evaluation", "metrics", "report", "run_folder",
         "start_ranks",
@@ -118,7 +119,7 @@ FENCES = {
     "fsspec": {"checkpoint/mirror", "data/remote", "data/join", "data/shards", "data/subset"},
     "triton": {"scaleclip_kernels"},
     "matplotlib": {"report", "planning/picture"},
-    "jinja2": {"report/templates"},
+    "jinja2": {"captioning/chat", "report/templates"},
     "transformers": {
         "captioning/generation",
         "captioning/language_model",

@@ -3,6 +3,8 @@
 from datetime import datetime
 from typing import Any
 
+from jinja2 import TemplateError
+
 from scaleclip.errors import ConfigError
 
 THINK = "<think>"
@@ -19,12 +21,15 @@ def turn(speaker: Any, content: Any, way_out: str) -> str:
         way_out: what to do about a template that cannot be used.
 
     Raises:
-        ConfigError: the template has the assistant reason before it speaks.
+        ConfigError: the template refuses what is said, or has the assistant reason before it speaks.
     """
-    said: str = speaker.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False,
-        date_string=_DAY.strftime("%d %b %Y"), strftime_now=_DAY.strftime,
-    )  # fmt: skip
+    try:
+        said: str = speaker.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False,
+            date_string=_DAY.strftime("%d %b %Y"), strftime_now=_DAY.strftime,
+        )  # fmt: skip
+    except TemplateError as error:
+        raise ConfigError(f"the chat template cannot be filled in: {error}; {way_out}") from error
     if said.rfind(THINK) > said.rfind(THINK.replace("<", "</")):
         raise ConfigError(
             f"the chat template has the model reason first, and its reasoning would be taken for a text: it ends in "

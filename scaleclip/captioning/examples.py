@@ -57,7 +57,7 @@ class ExampleSource(NamedTuple):
 
 
 def load_sources(named: Sequence[str]) -> list[ExampleSource]:
-    """Sources of examples.
+    """Sources of examples, by name: their order in a command decides nothing.
 
     Args:
         named: a shipped name, or NAME=FILE: YAML, a list of {input, output}, or JSON lines of such objects.
@@ -81,7 +81,7 @@ def load_sources(named: Sequence[str]) -> list[ExampleSource]:
             raise ConfigError(f"--source={each}: {name} is there twice: give each source a name of its own")
         path = Path(file).expanduser() if is_own else Path(resolve_path(f"{_FOLDER}/{name}.yaml"))
         found[name] = ExampleSource(name, file or name, _read(f"--source={each}", path))
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 def one_line(text: str) -> str:

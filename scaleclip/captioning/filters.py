@@ -1,5 +1,6 @@
 """Which texts of a model are fit for training: pure functions of a text, each names a reason why it is not."""
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -98,9 +99,9 @@ def has_prompt(text: str, task: str, labels: Sequence[str], limits: Limits) -> b
     if any(label in text for label in labels):
         return True
     words, asked = plain_words(text), plain_words(task)
-    size = min(limits.copied_words, len(asked))
-    runs = {tuple(asked[start : start + size]) for start in range(len(asked) - size + 1)} if size else set()
-    return any(tuple(words[start : start + size]) in runs for start in range(len(words) - size + 1))
+    size = limits.copied_words
+    runs = {tuple(asked[start : start + size]) for start in range(len(asked) - size + 1)}
+    return words == asked or any(tuple(words[start : start + size]) in runs for start in range(len(words) - size + 1))
 
 
 def example_finder(examples: Sequence[tuple[str, str]], limits: Limits) -> Callable[[str], bool]:
@@ -141,8 +142,20 @@ def foreign_share(text: str, original: str) -> float:
 
 
 def plain_words(text: str) -> list[str]:
-    """Words without case and punctuation."""
-    return re.findall(r"\w+", text.casefold())
+    """Words without case and punctuation; signs that combine with letters, as Indic vowels, belong to theirs."""
+    return _words().findall(text.casefold())
+
+
+@functools.cache
+def _words() -> re.Pattern[str]:
+    # of the scripts that are written with them; \w leaves them out
+    marks = "".join(chr(code) for code in (*range(0x300, 0x3100), *range(0xA000, 0xAC00)) if is_mark(chr(code)))
+    return re.compile(rf"[\w{marks}]+")
+
+
+def is_mark(character: str) -> bool:
+    """Whether it combines with the character before it."""
+    return unicodedata.category(character).startswith("M")
 
 
 def _scripts(text: str) -> list[str]:

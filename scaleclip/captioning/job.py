@@ -22,6 +22,8 @@ from scaleclip.distributed import World, all_or_none, array_share, gather_object
 from scaleclip.errors import RunError
 from scaleclip.shard_folder import ShardOrigin, file_names, origins
 
+# of samples, where it may be the shard's; a shard with nothing else is as good as missing
+_DAMAGED = {"truncated_shard", "corrupt_shard", "wrong_checksum"}
 Item = TypeVar("Item")
 Content = TypeVar("Content")
 
@@ -82,8 +84,9 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
     Raises:
         ConfigError: two shards share a name, or `out` has texts of another model or task or of other shards, or
             something else.
-        RunError: a shard cannot be read, or has changed, in which case the others are done; of the first one nothing can be
-            made; `out` cannot be written, or another job writes there; a loader process died; the GPU's memory is full.
+        RunError: a shard cannot be read, has changed, or is one of which nothing can be made before any other is done, in
+            which case the others are done; nothing can be made of two in a row; `out` cannot be written, or another job writes
+            there; a loader process died; the GPU's memory is full.
     """
     there, (manifest, reader, _) = set[str](), data
     with all_or_none():
@@ -106,12 +109,19 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
     chunks = ahead.chunks(list(itertools.chain(*pieces.values())), pin_memory=world.device.type == "cuda")
     texts = {name: each.samples * len(task.sources) for name, each in of_shard.items()}
     progress = Progress(folder, share, texts, show if world.is_main else None)
-    failed = list[str]()
+    failed, nothing_made = list[str](), 0
     for shard in mine:
         name, its_chunks = names[shard], itertools.islice(chunks, len(pieces[shard]))
         journal = Journal(folder.journal(name), depends_on[name])
         progress.begin_shard(list(itertools.chain(*journal.batches)))
-        error = _make_shard(task, folder, name, its_chunks, done[shard], journal, progress)
+        try:
+            error = _make_shard(task, folder, name, its_chunks, done[shard], journal, progress)
+            nothing_made = 0
+        except _NothingMade as nothing:
+            error, nothing_made = str(nothing), nothing_made + 1
+            # a shard of many may be so, and is left for a start that finds others done; two in a row are the settings
+            if nothing_made == 2:
+                raise RunError(error) from None
         if not error:
             error = _write_shard(folder, manifest, reader, shard, name, journal, of_shard[name])
         journal.close() if error else journal.remove()
@@ -131,6 +141,10 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         progress.end()
         folder.complete(summary, dict(zip(names, manifest.names, strict=True)))
     return summary
+
+
+class _NothingMade(Exception):
+    """Of a shard, where no shard is done yet; why."""
 
 
 def batch_seed(seed: int, *place: str | int) -> int:
@@ -165,14 +179,16 @@ def _make_shard(
         for rows in task.make(name, chunk, done):
             journal.append(rows)
             progress.add(rows)
+    reasons = {row.reason for row in itertools.chain(*journal.batches)}
+    if not error and reasons and reasons <= _DAMAGED:
+        journal.remove()
+        return f"{name} has no sample that can be read ({', '.join(sorted(map(str, reasons)))}){detail}"
     causes = {"" if row.tokens else row.reason for row in itertools.chain(*journal.batches)}
-    # one shard of many may be so, but where nothing is made yet it is the settings
     if not error and len(causes) == 1 and "" not in causes and not folder.finished():
         journal.remove()
-        raise RunError(
-            f"{name} is the first shard, and of none of its samples a text could be made, all are {causes.pop()}{detail}: see "
-            f"that --text or --image names what the shards have and that the model takes it, and give a new --out; or leave "
-            f"this shard out of --data"
+        raise _NothingMade(
+            f"{name} has no sample of which a text could be made, all are {causes.pop()}{detail}: see that --text or --image "
+            f"names what the shards have and that the model takes it, or leave this shard out of --data"
         )
     return error
 

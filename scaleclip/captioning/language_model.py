@@ -17,6 +17,7 @@ from scaleclip.captioning.prefix_cache import prefix_cache
 from scaleclip.captioning.pretrained import DType, load, load_model
 from scaleclip.errors import ConfigError
 
+_MARKS = frozenset("<>[]{}|")
 _ANCHOR = "a"  # what a text that goes on is put behind
 _PLACE = "CAPTION-PROMPT-GOES-HERE"
 
@@ -44,9 +45,9 @@ class LanguageModel:
             )
         self.frame: tuple[Sequence[int], Sequence[int]]
         self.frame = _chat_frame(self.tokenizer) if self.chat else (_start_tokens(self.tokenizer), [])
-        # some tokenizers add line ends, which are no structure
+        # some tokenizers add line ends, letters or words of a field, which are no structure
         added = self.tokenizer.added_tokens_decoder.items()
-        self._special = {token for token, word in added if word.special or not word.content.isspace()}
+        self._special = {token for token, word in added if word.special or not _is_text(word.content)}
         self._ends = end_tokens(self.model, self.tokenizer)
         self._pad = pad_token(self.tokenizer, self._ends)
         lines = self.tokenizer.batch_decode([[token] for token in range(self._size)])
@@ -136,6 +137,11 @@ class _EndOfLine:
 
 def _first_line(written: Written) -> Written:
     return written._replace(text=next(iter(written.text.splitlines()), "").strip())
+
+
+def _is_text(added: str) -> bool:
+    """Whether an added token is no markup, as `<think>` or `[INST]` are."""
+    return not _MARKS.intersection(added)
 
 
 def _has_line_end(text: str) -> bool:

@@ -104,7 +104,7 @@ class SidecarTexts:
 
     def __init__(self, folder: Path, shards: Sequence[str], origin: Origin) -> None:
         self._folder, self._shards, self.origin = folder, shards, origin
-        self._sidecar = Sidecar("OUT", str(folder), shards)
+        self._sidecar = Sidecar("OUT", str(folder), shards, may_lack=True)
 
     def open(self, shard: int) -> ShardTexts | None:
         """See MadeTexts."""

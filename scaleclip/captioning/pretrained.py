@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,10 +40,14 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
             f"{folder} is no folder, and models are not fetched by name: download it first, for example with `hf download NAME "
             f"--local-dir FOLDER`"
         )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: give the folder of a model as transformers saves it")
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError, SafetensorError) as error:
-        raise ConfigError(f"{folder} cannot be loaded by {kind.__name__}: {error}") from error
+        # transformers goes on with a list of all that it has
+        reason = re.split(r"(?<=\.)\s|\n", str(error).strip(), maxsplit=1)[0]
+        raise ConfigError(f"{folder} cannot be loaded by {kind.__name__}: {reason}") from error
 
 
 def load_model(kind: Any, folder: Path, dtype: DType, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from scaleclip.captioning.journal import Made
 from scaleclip.files import write_atomic
 
 _LOOK_S = 10.0  # between words to the others, and looks at theirs
+_FIRST_LOOK_S, _FIRST_S = 1.0, 60.0  # between them while a start is young, when somebody looks at the bar
 _SILENT_S = 120.0  # after which a rank is taken for one that has ended
 
 
@@ -72,7 +73,8 @@ class Progress:
         self._open += counted.texts
         self._tokens += counted.tokens
         self._failures.update(counted.reasons)
-        if time.monotonic() - self._looked_s > _LOOK_S:
+        now_s = time.monotonic()
+        if now_s - self._looked_s > (_FIRST_LOOK_S if now_s - self._begun_s < _FIRST_S else _LOOK_S):
             self.tell()
 
     def end_shard(self) -> None:

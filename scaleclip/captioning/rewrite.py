@@ -94,7 +94,7 @@ class Rewriting:
         text = self._find_text(sample, shard, ordinal)
         caption = one_line((text or "")[:MAX_CHARACTERS])
         if not caption:
-            raise SampleError("no_caption", f"{sample.key} has no text at {self._text}")
+            raise SampleError("empty_caption", f"{sample.key} has no text at {self._text}")
         return caption
 
     def collate(self, items: Sequence[str]) -> list[str]:

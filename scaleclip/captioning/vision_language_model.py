@@ -73,17 +73,19 @@ class VisionLanguageModel:
 
 
 def _ask(processor: Any, prompt: str, folder: Path) -> str:
-    token = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None)
+    token = _content(getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None))
     # Gemma 3's templates have the one, and its processor puts in the others
-    begins = getattr(processor, "boi_token", None)
+    begins = _content(getattr(processor, "boi_token", None))
     for stands_for_image in (token, begins):
         if stands_for_image and stands_for_image in prompt:
             raise ConfigError(
                 f"--prompt={prompt!r} has {stands_for_image}, which stands for an image: leave it out, each image is put in"
             )
-    if getattr(processor, "chat_template", None) or processor.tokenizer.chat_template:
+    # some folders have it beside the tokenizer alone
+    speaker = next((each for each in (processor, processor.tokenizer) if getattr(each, "chat_template", None)), None)
+    if speaker:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        asked = turn(processor, content, "take another model")
+        asked = turn(speaker, content, "take another model")
     elif token:
         asked = f"USER: {token}\n{prompt} ASSISTANT:"  # LLaVA-1.5's
     else:
@@ -97,3 +99,8 @@ def _ask(processor: Any, prompt: str, folder: Path) -> str:
     if start and processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id:
         asked = asked.removeprefix(start)
     return asked
+
+
+def _content(token: Any) -> str | None:
+    """Of a token that a processor may hold as text or, as BLIP-2's, as an AddedToken."""
+    return None if token is None else str(getattr(token, "content", token))

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from scaleclip.data.open_shards import allow_open_files
 from scaleclip.data.sample import Sample, SampleError
 from scaleclip.data.source import Reader
 from scaleclip.errors import RunError
+from scaleclip.parent_death import end_with_parent
 
 Item = TypeVar("Item")
 Content = TypeVar("Content")
@@ -83,19 +85,33 @@ class ReadAhead(Generic[Item, Content]):
         self._prepare, self._collate, self._workers = prepare, collate, workers
 
     def chunks(self, pieces: Sequence[Piece], *, pin_memory: bool) -> Iterator[Chunk[Content]]:
-        """Those of some pieces, in their order.
+        """Those of some pieces, in their order. Loader processes are started at once: they share what is open, locks too.
 
         Raises:
-            RunError: a loader process died.
+            RunError: while it is gone through, where a loader process died.
         """
         allow_open_files()
-        loader = DataLoader(
-            _Pieces(self, pieces), batch_size=None, sampler=range(len(pieces)), collate_fn=_as_is, num_workers=self._workers,
-            prefetch_factor=_AHEAD if self._workers else None, worker_init_fn=_start_worker, pin_memory=pin_memory,
-            multiprocessing_context="fork" if self._workers else None,
-        )  # fmt: skip
+        # torch raises a loader process's death wherever this process happens to be; here it is noticed at the next chunk
+        handler = signal.getsignal(signal.SIGCHLD)
+        chunks = iter(
+            DataLoader(
+                _Pieces(self, pieces),
+                batch_size=None,
+                sampler=range(len(pieces)),
+                collate_fn=_as_is,
+                num_workers=self._workers,
+                prefetch_factor=_AHEAD if self._workers else None,
+                worker_init_fn=partial(_start_worker, os.getpid()),
+                pin_memory=pin_memory,
+                multiprocessing_context="fork" if self._workers else None,
+            )
+        )
+        signal.signal(signal.SIGCHLD, handler)
+        return self._watched(chunks)
+
+    def _watched(self, chunks: Iterator[Chunk[Content]]) -> Iterator[Chunk[Content]]:
         try:
-            yield from loader
+            yield from chunks
         except RuntimeError as error:
             if _WORKER_DIED not in str(error):
                 raise
@@ -148,7 +164,14 @@ def _as_is(chunk: Any) -> Any:
     return chunk
 
 
-def _start_worker(worker: int) -> None:
+def default_workers(local_ranks: int) -> int:
+    """Loader processes of a rank: its share of the processors that it may use."""
+    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    # torch's own watch over the parent ends in a queue that nobody empties, with locks that the next start asks for
+    end_with_parent(parent)
     # a terminal sends it to the main process too, which ends the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

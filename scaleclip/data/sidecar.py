@@ -5,6 +5,7 @@ text is read without the rest of its shard. `scaleclip data sidecar` writes them
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from scaleclip.files import resolve_path, write_atomic
 # as many as TarReader keeps
 _OPEN_SHARDS = 1024
 _KEYS = "__key__"
+_MOST_MISSING = 0.1
+"""Share of shards without a file that is no error: they are warned of, and their samples counted as faults."""
+_log = logging.getLogger("scaleclip")
 
 
 class Sidecar:
@@ -27,16 +31,19 @@ class Sidecar:
         key: the configuration's key of the sidecar, for errors.
         folder: where it lies.
         shards: name of every shard, as in the manifest; its number is its place here.
+        may_lack: whether shards without a file are as good as others; without any there is nothing to read.
 
     Raises:
-        ConfigError: the folder has no file for any of the shards, or the first one cannot be read.
+        ConfigError: no shard has a file in the folder, more than _MOST_MISSING have none and may not lack theirs, or the first
+            one cannot be read.
     """
 
-    def __init__(self, key: str, folder: str, shards: Sequence[str]) -> None:
+    def __init__(self, key: str, folder: str, shards: Sequence[str], *, may_lack: bool = False) -> None:
         self._folder, self._shards = Path(resolve_path(folder)), shards
-        first = next((shard for shard in range(len(shards)) if self._path(shard).exists()), None)
-        if first is None:
-            raise ConfigError(f"{key}={folder}: has no file for any of the shards: run `scaleclip data sidecar` on them")
+        there = [shard for shard in range(len(shards)) if self._path(shard).exists()]
+        if not there or (len(there) < len(shards) and not may_lack):
+            self._say_what_is_missing(f"{key}={folder}", len(there))
+        first = there[0]
         try:
             self.columns = tuple(name for name in self._open_shard(first) if name != _KEYS)
             """Names of the texts, by the first file that is there."""
@@ -67,6 +74,22 @@ class Sidecar:
         except UnicodeDecodeError as error:
             raise SampleError("undecodable_text", f"{self._path(shard)}, row {ordinal} is not UTF-8: {error.reason}") from None
         return text
+
+    def _say_what_is_missing(self, where: str, num_there: int) -> None:
+        if not self._folder.is_dir():
+            raise ConfigError(
+                f"{where}: there is no such folder: give the one that `scaleclip data sidecar` wrote, or OUT/sidecar"
+            )
+        inside = self._folder / "sidecar"
+        if num_there == 0 and inside.is_dir():
+            raise ConfigError(f"{where}: is the folder of a captions job: give {inside}")
+        found = f"{where}: has files of {num_there:,} of {len(self._shards):,} shards"
+        if len(self._shards) - num_there > _MOST_MISSING * len(self._shards):
+            raise ConfigError(
+                f"{found}: finish what writes them, `scaleclip captions` or `scaleclip data sidecar` on these shards, or give "
+                f"only the shards that have theirs"
+            )
+        _log.warning(f"{found}; samples of the others are invalid (missing_sidecar)")
 
     def _path(self, shard: int) -> Path:
         return sidecar_path(self._folder, self._shards[shard])

@@ -11,6 +11,7 @@ from scaleclip.captioning.filters import (
     has_prompt,
     is_empty,
     is_too_long,
+    plain_words,
 )
 from scaleclip.captioning.prompt import LABELS, TASK
 
@@ -87,9 +88,14 @@ def test_five_words_of_the_sentence_in_a_row_are_a_copy():
     task = "say it in other words please"
     assert has_prompt("Say it in other words", task, (), LIMITS)
     assert not has_prompt("say it in other terms", task, (), LIMITS)
-    # a sentence of fewer words is copied as a whole
-    assert has_prompt("so, rewrite this!", "Rewrite this.", (), LIMITS)
+    # a sentence of fewer words is copied as a whole: a caption may begin with "A photo of"
+    assert has_prompt("rewrite this!", "Rewrite this.", (), LIMITS)
+    assert not has_prompt("A photo of a dog on a beach.", "A photo of", (), LIMITS)
     assert not has_prompt("anything", "", (), LIMITS)
+
+
+def test_signs_that_combine_with_letters_are_theirs():
+    assert plain_words("सुंदर बगीचे में, Été") == ["सुंदर", "बगीचे", "में", "été"]
 
 
 def test_short_examples_count_as_wholes_and_long_ones_within():

@@ -141,8 +141,8 @@ def test_bad_samples_are_counted_and_kept(llama, llava, shards, tmp_path):
     write_tar(shards / "00001.tar", samples)
     out = tmp_path / "rewrites"
     summary = write(rewriting(llama), shards, out)
-    expected = {3: "no_caption", 4: "no_caption", 5: "undecodable_text"}
-    faults = {"no_caption": 2, "undecodable_text": 1}
+    expected = {3: "empty_caption", 4: "empty_caption", 5: "undecodable_text"}
+    faults = {"empty_caption": 2, "undecodable_text": 1}
     for source in SOURCES:
         assert {reason: summary.by_source[source].reasons.get(reason) for reason in faults} == faults
     made = rows(out, "00001")
@@ -215,8 +215,8 @@ def test_a_processor_that_has_no_memory_is_not_taken_for_a_bad_image(llava, shar
 
 
 def test_settings_by_which_nothing_is_made_are_said_at_once(llama, llava, shards, tmp_path, monkeypatch):
-    said = "is the first shard, and of none of its samples a text could be made, all are"
-    with pytest.raises(RunError, match=rf"{said} no_caption \(.* has no text at nothing"):
+    said = "has no sample of which a text could be made, all are"
+    with pytest.raises(RunError, match=rf"{said} empty_caption \(.* has no text at nothing"):
         write(rewriting(llama, text="nothing"), shards, tmp_path / "a")
     with pytest.raises(RunError, match=f"{said} no_image"):
         write(recaptioning(llava, image=("gif",)), shards, tmp_path / "b")
@@ -229,6 +229,45 @@ def test_settings_by_which_nothing_is_made_are_said_at_once(llama, llava, shards
         with pytest.raises(RunError, match=f"{said} refused_image"):
             write(recaptioning(llava), shards, tmp_path / "c")
     assert write(recaptioning(llava), shards, tmp_path / "c").whole.fit  # nothing was kept
+
+
+def test_one_shard_of_which_nothing_can_be_made_leaves_the_others_alone(llama, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        samples = [make_sample(9 * number + place) for place in range(3)]
+        write_tar(data / f"{number}.tar", [(key, files | {"txt": b""}) for key, files in samples] if number == 0 else samples)
+    with pytest.raises(
+        RunError, match=r"1 of 4 shards could not be made, the others are done; the first: 0 has no sample of which"
+    ):
+        write(rewriting(llama), data, tmp_path / "out")
+    assert {row["key"] for row in rows(tmp_path / "out")} == {f"{9 * n + k:09d}" for n in (1, 2, 3) for k in range(3)}
+    # where others are done it is one without captions
+    assert write(rewriting(llama), data, tmp_path / "out").whole.reasons["empty_caption"] == 3 * len(SOURCES)
+
+
+def test_a_shard_that_cannot_be_read_at_all_is_left_for_another_start(llama, shards, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write(rewriting(llama), shards, whole)
+    content = (shards / "00002.tar").read_bytes()
+    (shards / "00002.tar").write_bytes(b"garbage")
+    with pytest.raises(RunError, match=r"1 of 4 shards could not be made, .* 00002 has no sample that can be read \("):
+        write(rewriting(llama), shards, out)
+    assert not (out / "texts" / "00002.parquet").exists()
+    (shards / "00002.tar").write_bytes(content)
+    write(rewriting(llama), shards, out)
+    assert files(out) == files(whole)
+
+
+def test_a_start_that_made_nothing_binds_nobody(llama, shards, tmp_path):
+    with pytest.raises(RunError):
+        write(rewriting(llama, text="nothing"), shards, tmp_path / "out")
+    assert write(rewriting(llama), shards, tmp_path / "out").samples == NUM_SAMPLES
+    with pytest.raises(ConfigError, match="has other texts"):
+        write(rewriting(llama, max_tokens=7), shards, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out=.*file is a file: give a folder"):
+        write(rewriting(llama), shards, tmp_path / "file")
 
 
 def test_a_model_that_says_nothing_is_counted(shards, tmp_path):

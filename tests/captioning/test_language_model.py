@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AddedToken, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from captioning_models import END, START, byte_tokenizer, lines_llama, pieces_llama, tiny_llama
@@ -190,6 +190,21 @@ def test_no_caption_changes_the_prompts_structure(any_model, caption):
     assert said.split() == caption.replace("\x85", " ").split()
 
 
+def test_letters_and_words_that_a_tokenizer_adds_are_read(tmp_path):
+    """DeepSeek's adds letters of other alphabets, and a fine-tuned one the words of its field."""
+    folder = tiny_llama(tmp_path / "llama")
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    words = ["Ж", "œuvre", "aurora", "<think>", "[INST]"]
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loaded = LanguageModel(folder, "auto", CPU)
+    added = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
+    ids = loaded.plain("Жук, an œuvre of auroras <think> [INST]")
+    assert [token for token in ids if token in added.values()] == [added[word] for word in ("Ж", "œuvre", "aurora")]
+
+
 def test_every_kind_of_prompt_reads_as_its_text_says(any_model):
     prompt = prompt_of(any_model)
     text = any_model.tokenizer.decode([*prompt.prefix(examples()), *prompt.ending("a\ndog")])
@@ -281,7 +296,10 @@ def test_an_overlong_caption_is_cut_and_the_prompt_is_whole(llama):
 def test_what_is_no_model_is_said(tmp_path, llama_folder):
     with pytest.raises(ConfigError, match="models are not fetched by name"):
         LanguageModel(tmp_path / "nothing", "auto", CPU)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        LanguageModel(tmp_path, "auto", CPU)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ConfigError, match=r"cannot be loaded by AutoTokenizer: [^\n.]*\.?$"):
         LanguageModel(tmp_path, "auto", CPU)
     with pytest.raises(ConfigError, match="no chat template: leave out --chat"):
         LanguageModel(llama_folder, "auto", CPU, chat=True)

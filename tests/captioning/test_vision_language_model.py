@@ -1,11 +1,14 @@
 """Images and the prompt, as a vision-language model gets them."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import AddedToken, LlavaProcessor
 
 from captioning_models import END, IMAGE, START, byte_tokenizer, tiny_llava
+from scaleclip.captioning import vision_language_model
 from scaleclip.captioning.generation import Sampling
 from scaleclip.captioning.vision_language_model import VisionLanguageModel
 from scaleclip.errors import ConfigError
@@ -79,4 +82,35 @@ def test_a_folder_without_a_processor_is_refused(tmp_path):
         (folder / name).unlink()
     byte_tokenizer().save_pretrained(folder)
     with pytest.raises(ConfigError, match="processor"):
+        VisionLanguageModel(folder, "Describe it.", "auto", CPU)
+
+
+def test_a_template_beside_the_tokenizer_alone_is_used(tmp_path):
+    folder = tiny_llava(tmp_path / "llava", chat=True)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    whole = tiny_llava(tmp_path / "whole", chat=True)
+    asked = VisionLanguageModel(folder, "Describe it.", "auto", CPU).asked
+    assert asked == VisionLanguageModel(whole, "Describe it.", "auto", CPU).asked
+
+
+def test_a_token_of_an_image_may_be_an_object(tmp_path, monkeypatch):
+    """As BLIP-2's processor has it."""
+    folder = tiny_llava(tmp_path / "llava")
+    whole = VisionLanguageModel(folder, "Describe it.", "auto", CPU).asked
+    token = property(lambda self: AddedToken(IMAGE), lambda self, value: None)
+    monkeypatch.setattr(LlavaProcessor, "image_token", token, raising=False)
+    monkeypatch.setattr(LlavaProcessor, "__call__", lambda self, *given, **named: {"input_ids": [[0]]})
+    asked = vision_language_model._ask(LlavaProcessor.from_pretrained(folder), "Describe it.", folder)
+    assert asked == whole
+    with pytest.raises(ConfigError, match="has <image>, which stands for an image"):
+        vision_language_model._ask(LlavaProcessor.from_pretrained(folder), "Describe <image>.", folder)
+
+
+def test_a_template_that_refuses_is_said(tmp_path):
+    folder = tiny_llava(tmp_path / "llava", chat=True)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system, no talk') }}")
+    with pytest.raises(ConfigError, match="the chat template cannot be filled in: no system, no talk; take another model"):
         VisionLanguageModel(folder, "Describe it.", "auto", CPU)

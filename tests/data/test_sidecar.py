@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_a_shard_without_keys_is_said_and_gets_no_file(tmp_path, release):
     _, shards = do_join(tmp_path / "out", release, broken=[0])
     assert shards[0] == JoinedShard("0.tar", 0, 0, 0, "unreadable_shard: no such file")
     assert not sidecar_path(tmp_path / "out", "0.tar").exists()
-    sidecar = Sidecar("key", str(tmp_path / "out"), list(KEYS))
+    sidecar = Sidecar("key", str(tmp_path / "out"), list(KEYS), may_lack=True)
     with pytest.raises(SampleError, match="missing_sidecar"):
         sidecar.text(0, 0, "re", KEYS["0.tar"][0])
     assert [sidecar.text(2, i, "re", key) for i, key in enumerate(KEYS["2.tar"])] == EXPECTED["2.tar"]
@@ -284,7 +285,7 @@ def test_what_is_wrong_with_a_file_is_counted_at_its_samples(tmp_path, damage, c
     write_one(tmp_path)
     write_one(tmp_path, "1.tar")
     damage(sidecar_path(tmp_path, "1.tar"))
-    sidecar = Sidecar("key", str(tmp_path), ["0.tar", "1.tar"])
+    sidecar = Sidecar("key", str(tmp_path), ["0.tar", "1.tar"], may_lack=True)
     with pytest.raises(SampleError) as caught:
         sidecar.text(1, 1, "re", "b")
     assert caught.value.cause == cause
@@ -297,11 +298,37 @@ def not_utf8():
 
 
 def test_a_folder_that_is_no_sidecar_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"mine=.*: has no file for any of the shards"):
+    with pytest.raises(ConfigError, match=r"mine=.*: has files of 0 of 1 shards: finish what writes them"):
         Sidecar("mine", str(tmp_path), ["0.tar"])
+    with pytest.raises(ConfigError, match=r"mine=.*/nowhere: there is no such folder"):
+        Sidecar("mine", str(tmp_path / "nowhere"), ["0.tar"])
     sidecar_path(tmp_path, "0.tar").write_bytes(b"x" * 1000)
     with pytest.raises(ConfigError, match=r"mine=.*0\.tar\.arrow cannot be read"):
         Sidecar("mine", str(tmp_path), ["0.tar"])
+
+
+def test_the_folder_of_a_captions_job_is_told_from_its_sidecar(tmp_path):
+    write_one(tmp_path / "sidecar")
+    with pytest.raises(ConfigError, match=r"mine=.*: is the folder of a captions job: give .*/sidecar$"):
+        Sidecar("mine", str(tmp_path), ["0.tar"])
+
+
+@pytest.mark.parametrize(("num_shards", "num_missing", "is_error"), [(20, 2, False), (20, 3, True), (2, 1, True)])
+def test_shards_without_a_file_are_warned_of_and_many_of_them_an_error(num_shards, num_missing, is_error, tmp_path, caplog):
+    names = [f"{i}.tar" for i in range(num_shards)]
+    for name in names[num_missing:]:
+        write_one(tmp_path, name)
+    said = f"mine={tmp_path}: has files of {num_shards - num_missing} of {num_shards} shards"
+    if is_error:
+        with pytest.raises(ConfigError, match=re.escape(said) + r": finish what writes them"):
+            Sidecar("mine", str(tmp_path), names)
+        assert Sidecar("mine", str(tmp_path), names, may_lack=True).text(num_missing, 0, "re", "a") == "A"
+        return
+    sidecar = Sidecar("mine", str(tmp_path), names)
+    assert caplog.messages == [f"{said}; samples of the others are invalid (missing_sidecar)"]
+    assert sidecar.text(num_missing, 0, "re", "a") == "A"
+    with pytest.raises(SampleError):
+        sidecar.text(0, 0, "re", "a")
 
 
 def test_open_shards_hold_no_file_descriptors(tmp_path):

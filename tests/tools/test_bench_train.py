@@ -120,6 +120,7 @@ def test_a_gpu_is_hidden_from_what_is_not_measured_on_it(
     job: PeerJob, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     environment = runner._environment(job)
     assert (environment["CUDA_VISIBLE_DEVICES"], environment.get("DS_ACCELERATOR")) == (
         ("", "cpu") if is_hidden else ("5", None)
