@@ -96,17 +96,15 @@ def test_a_template_beside_the_tokenizer_alone_is_used(tmp_path):
     assert asked == VisionLanguageModel(whole, "Describe it.", "auto", CPU).asked
 
 
-def test_a_token_of_an_image_may_be_an_object(tmp_path, monkeypatch):
+def test_a_token_of_an_image_may_be_an_object(tmp_path):
     """As BLIP-2's processor has it."""
     folder = tiny_llava(tmp_path / "llava")
     whole = VisionLanguageModel(folder, "Describe it.", "auto", CPU).asked
-    token = property(lambda self: AddedToken(IMAGE), lambda self, value: None)
-    monkeypatch.setattr(LlavaProcessor, "image_token", token, raising=False)
-    monkeypatch.setattr(LlavaProcessor, "__call__", lambda self, *given, **named: {"input_ids": [[0]]})
-    asked = vision_language_model._ask(LlavaProcessor.from_pretrained(folder), "Describe it.", folder)
-    assert asked == whole
+    processor = LlavaProcessor.from_pretrained(folder)
+    processor.image_token = AddedToken(IMAGE)
+    assert vision_language_model._ask(processor, "Describe it.", folder) == whole
     with pytest.raises(ConfigError, match="has <image>, which stands for an image"):
-        vision_language_model._ask(LlavaProcessor.from_pretrained(folder), "Describe <image>.", folder)
+        vision_language_model._ask(processor, "Describe <image>.", folder)
 
 
 def test_a_template_that_refuses_is_said(tmp_path):
