@@ -7,11 +7,14 @@ watchdog ended a hang. 128 + a signal's number. slurm/job.sh starts jobs again b
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 
 from scaleclip.errors import ConfigError, RunError, Stopped
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
@@ -26,7 +29,11 @@ def exiting_on_errors() -> Iterator[None]:
     except Stopped as stop:
         _exit(stop, stop.exit_code)
     except KeyboardInterrupt:
-        _exit("interrupted", 130)
+        _exit("interrupted", _INTERRUPTED)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer's, which says nothing
+            _exit("interrupted", _INTERRUPTED)
+        raise
     except Exception:
         message = traceback.format_exc()
         logging.getLogger("scaleclip").error(message)  # into the rank's log

@@ -699,6 +699,9 @@ def test_a_killed_command_goes_on(llama_folder, tmp_path):
     assert code == -signal.SIGKILL
     there = {path: path.stat().st_mtime_ns for path in out.glob("texts/0*.parquet")}
     assert 2 <= len(there) < 6
+    stopped = start(*arguments, "--out", out)
+    code, output = signal_when(stopped, lambda: len(list(out.glob("texts/0*.parquet"))) > len(there), signal.SIGINT)
+    assert (code, output.splitlines()[-1]) == (130, "interrupted")
     run(*arguments, "--out", out)
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert files(out) == files(whole)
