@@ -35,7 +35,9 @@ def score(
     ] = None,
     table_key: Annotated[str, typer.Option(help="Column of the tables that names the sample.")] = "key",
     by: Annotated[str, typer.Option(help="What it names: the sample's key, or a field of its metadata (uid).")] = "key",
-    to: Annotated[Path | None, typer.Option(help="Local folder of score.html and score.json; none: OUT.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Local folder of score.html and score.json; none: OUT, or its job's folder.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Read so many samples, of shards drawn at random; none: all.")
     ] = None,
@@ -56,30 +58,34 @@ def score(
     import json
     import tempfile
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from scaleclip.captioning.made_texts import MadeTexts, open_made_texts
+    from scaleclip.captioning.made_texts import MadeTexts, job_of, open_made_texts
     from scaleclip.captioning.reading import Wanted
     from scaleclip.captioning.score import score as score_texts
-    from scaleclip.captioning.scored import as_json
-    from scaleclip.captioning.tables import join_tables
+    from scaleclip.captioning.scored import as_json, faults
+    from scaleclip.captioning.tables import join_tables, refuse_job
     from scaleclip.config import CacheConfig, SourceConfig
     from scaleclip.config_io import named_architecture
     from scaleclip.data.cache import ShardCache
     from scaleclip.data.source import open_shards
     from scaleclip.evaluation.encoder import Encoder
     from scaleclip.files import write_atomic
+    from scaleclip.report.console import wide_console
     from scaleclip.report.score_page import write_score_page
     from scaleclip.trained_model import load_model
 
-    if text and to is None:
-        raise ConfigError("--text: OUT names tables, so say --to FOLDER for score.html and score.json")
-    folder = to or Path(out)
+    if text:
+        refuse_job(out)
+        if to is None:
+            raise ConfigError("--text: OUT names tables, so say --to FOLDER for score.html and score.json")
+    # a sidecar of a job is a part of its folder
+    place = Path(out) if text else job_of(Path(out)) or Path(out)
+    folder = to or place
     trained = load_model(model, named_architecture(architecture) if architecture else None) if model else None
     encoder = Encoder(trained.model, trained.tokenizer, trained.model_config.image.size, batch) if trained else None
     listed, reader = open_shards("--data", data, manifest, ShardCache(CacheConfig(folder=cache) if cache else CacheConfig()))
-    console = Console()
+    console = wide_console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with contextlib.ExitStack() as stack:
         made: MadeTexts
@@ -91,7 +97,9 @@ def score(
             made = open_made_texts(Path(out), listed)
             folder.mkdir(parents=True, exist_ok=True)
         original, members = against_text or made.origin.text or "txt", tuple(image) if image else SourceConfig().image
-        wanted = Wanted(listed, reader, original, members, limit, pairs, seed)
+        # recaptions may be of images that never had a caption
+        needs_original = bool(against_text or made.origin.text)
+        wanted = Wanted(listed, reader, original, members, limit, pairs, seed, needs_original)
         progress = stack.enter_context(Progress(*columns, transient=True, console=console, disable=not console.is_terminal))
         tasks: dict[str, TaskID] = {}
 
@@ -103,19 +111,31 @@ def score(
         step = "" if trained is None or trained.step is None else f", step {trained.step:,}"
         found = score_texts(made, wanted, encoder, f"{model}{step}" if model else "", show)
         write_atomic(folder / "score.json", json.dumps(as_json(found), indent=2, ensure_ascii=False, allow_nan=False))
-        page = write_score_page(found, folder, Path(out).name)
+        page = write_score_page(found, folder, place.absolute().name)
+
+    def say(line: str) -> None:
+        # a file has no width to wrap lines at
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
     console.print(_table(found))
+    for fault in faults(found):
+        say(f"Fault: {fault}")
     for sentence in found.advice.said:
-        console.print(sentence, highlight=False)
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in found.advice.weights.items())
-    console.print(f"Advice, by the rule that the page states: {weights}", highlight=False)
-    console.print(f"Page: {page}   open it in a browser", highlight=False)
+        say(sentence)
+    advice = found.advice
+    mixed = ", ".join(f"{name} {weight:.2f} ({advice.effective[name]:.1%})" for name, weight in advice.weights.items())
+    say(f"Advice, by the rule that the page states, weights (and the share of samples that will get each text): {mixed}")
+    say(f"Page: {page}   open it in a browser")
 
 
 def _table(found: "Score") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("source", title=f"{found.samples:,} samples of {found.shards:,} shards", title_justify="left")
+    from scaleclip.captioning.plural import number_of
+
+    title = f"{number_of(found.samples, 'sample')} of {number_of(found.shards, 'shard')}"
+    table = Table("source", title=title, title_justify="left")
     for column in ("usable", "words", "changed", "distinct-2", *(["nearer to the image, 95 %"] if found.model else [])):
         table.add_column(column, justify="right")
     for each in (found.original, *found.sources):
@@ -128,5 +148,5 @@ def _table(found: "Score") -> "Table":
         if each.nearness:
             nearer = each.nearness.nearer
             row.append(f"{nearer.value:.1%} ({nearer.low:.1%} - {nearer.high:.1%})")
-        table.add_row(each.name, *row)
+        table.add_row(escape(each.name), *row)
     return table

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from scaleclip.captioning.nearness import Nearness
+from scaleclip.captioning.plural import number_of
 
 FEWEST_USABLE, FEWEST_CHANGED, FEWEST_NEARER = 0.5, 0.1, 0.25
 FEWEST_WORDS = 2
 """A drawn text of fewer gives its place to the original (LaCLIP)."""
+FEWEST_COMMON = 0.05
+"""A text with fewer of its words in common with its original may be of anything."""
 REWRITE, RECAPTION = "rewrite", "recaption"
 
 
@@ -24,6 +27,8 @@ RULES = (
     f"fewer than {_percent(FEWEST_CHANGED)} of its texts differ from their originals.",
     f"With a model: also where the 95 % interval of the share of texts that are nearer to their image than the originals lies "
     f"below {_percent(FEWEST_NEARER)}.",
+    f"A source half of whose texts have less than {_percent(FEWEST_COMMON)} of the words in common with their originals gets a "
+    "remark, unless a model finds more than half of its texts nearer to their image than the originals.",
     "Rewrites that are left share the draws evenly with the original, as LaCLIP does (arXiv:2305.20088).",
     "Recaptions get 0.2 of the draws, as in the ablations of Recap-CLIP (arXiv:2406.08478: p = 0.8 for the original); 0.4 "
     "where that interval lies above 50 % (p = 0.6, the paper's best with a larger text tower).",
@@ -40,6 +45,8 @@ class Judged(NamedTuple):
     """Share of its usable texts that differ from their originals; None without pairs."""
     nearness: Nearness | None
     """None without a model."""
+    common: float | None = None
+    """Median share of the words that a text and its original have in common; None without pairs."""
 
 
 class Available(NamedTuple):
@@ -63,7 +70,9 @@ class Advice(NamedTuple):
     """Why, a sentence a source, and what was not looked at."""
 
 
-def advise(task: str, sources: Mapping[str, Judged], original: str, samples: Mapping[Available, int]) -> Advice:
+def advise(
+    task: str, sources: Mapping[str, Judged], original: str, samples: Mapping[Available, int], *, had_model: bool = False
+) -> Advice:
     """Weights for a view.
 
     Args:
@@ -71,11 +80,12 @@ def advise(task: str, sources: Mapping[str, Judged], original: str, samples: Map
         sources: what is known of each.
         original: what the original is called.
         samples: how many have which texts.
+        had_model: whether a model was given.
     """
     said, kept = list[str](), list[str]()
     for name, judged in sources.items():
         fault = _fault(judged)
-        said.append(f"{name}: left out, {fault}." if fault else f"{name}: taken.")
+        said.append(f"{name}: left out, {fault}." if fault else f"{name}: taken{_remark(judged)}.")
         kept += [] if fault else [name]
     if task == RECAPTION:
         weights = {name: (0.4 if _is_nearer(sources[name].nearness) else 0.2) / len(kept) for name in kept}
@@ -84,8 +94,19 @@ def advise(task: str, sources: Mapping[str, Judged], original: str, samples: Map
     weights = {original: 1 - sum(weights.values()), **weights}
     if task not in (REWRITE, RECAPTION):
         said.append("Nothing says what task made these texts: they are taken for rewrites.")
+    lacking = sum(count for available, count in samples.items() if original not in available.usable)
+    if lacking:
+        have = "has" if lacking == 1 else "have"
+        said.append(
+            f"{lacking:,} of {number_of(sum(samples.values()), 'sample')} {have} no original that can be used: "
+            f"there the other texts get its draws."
+        )
     if not any(judged.nearness for judged in sources.values()):
-        said.append("No model looked at the images: this rests on the texts alone. Give --model.")
+        said.append(
+            "The model compared nothing: no sample has an original, a text and an image that can be used."
+            if had_model
+            else "No model looked at the images: this rests on the texts alone. Give --model."
+        )
     return Advice(weights, _shares(weights, original, samples), said)
 
 
@@ -110,6 +131,17 @@ def _fault(judged: Judged) -> str:
     if judged.nearness and judged.nearness.nearer.high < FEWEST_NEARER:
         return f"{judged.nearness.nearer.value:.1%} of its texts are nearer to their image than the original"
     return ""
+
+
+def _remark(judged: Judged) -> str:
+    if judged.common is None or judged.common >= FEWEST_COMMON or _is_nearer(judged.nearness):
+        return ""
+    seen = "the model does not find most of them nearer to their images" if judged.nearness else "no model saw the images"
+    way_out = "look at the samples" if judged.nearness else "look at the samples, or give --model"
+    return (
+        f", but half of its texts have less than {_percent(FEWEST_COMMON)} of the words in common with their originals, and "
+        f"{seen}: they may be of other pictures, or in another language; {way_out}"
+    )
 
 
 def _is_nearer(nearness: Nearness | None) -> bool:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,14 +32,18 @@ class Origin(NamedTuple):
     task: str = ""
     """`rewrite`, `recaption`, or empty."""
     model: str = ""
-    complete: bool = True
-    """Whether the job has finished."""
+    complete: bool | None = None
+    """Whether the job has finished; None where nothing tells."""
     sidecar: str = ""
     """Folder that training can read them from, or empty."""
     text: str = ""
     """Where the job read the originals: `txt`, `json:a.b`; empty where it read none."""
     unknown_rows: int = 0
     """Rows whose key no sample has, where that was seen before a shard was opened."""
+    repeated_rows: int = 0
+    """Rows left out since an earlier one has their key."""
+    shared_rows: int = 0
+    """Samples that got a row which another sample of their key got as well."""
 
 
 class ShardTexts(Protocol):
@@ -68,6 +72,16 @@ class MadeTexts(Protocol):
         """
 
 
+def job_of(folder: Path) -> Path | None:
+    """Folder of the captions job whose texts or sidecar lie in `folder`; None for any other.
+
+    Raises:
+        ConfigError: the manifest of the job cannot be read.
+    """
+    folder = folder.absolute()
+    return folder.parent if folder.name in (TEXTS, SIDECAR) and "task" in _read_manifest(folder.parent) else None
+
+
 def open_made_texts(folder: Path, manifest: Manifest) -> MadeTexts:
     """What lies in a job's folder, or in a sidecar's.
 
@@ -83,7 +97,9 @@ def open_made_texts(folder: Path, manifest: Manifest) -> MadeTexts:
     if (folder / TEXTS).is_dir():
         return _JobTexts(folder, manifest)
     if any(folder.rglob("*.arrow")):
-        return SidecarTexts(folder, manifest.names, Origin(sidecar=str(folder.absolute())))
+        job = job_of(folder)
+        origin = _job_origin(job) if job else Origin()
+        return SidecarTexts(folder, manifest.names, origin._replace(sidecar=str(folder.absolute())))
     raise ConfigError(
         f"OUT={folder} holds neither {TEXTS}/*.parquet of a captions job nor the *.arrow of `scaleclip data sidecar`: give "
         f"such a folder, or tables with --text"
@@ -136,19 +152,7 @@ class _JobTexts:
                 f"{example}: give --data as the job had it, or wait for its first shard"
             )
         self._origins = origins(manifest, self._names)
-        path = folder / MANIFEST
-        try:
-            said = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
-        sidecar = str((folder / SIDECAR).absolute()) if (folder / SIDECAR).is_dir() else ""
-        self.origin = Origin(
-            task=str(said.get("task") or ""),
-            model=str(said.get("model") or ""),
-            complete=bool(said.get("complete")),
-            sidecar=sidecar,
-            text=str(said.get("text") or ""),
-        )
+        self.origin = _job_origin(folder)
 
     def open(self, shard: int) -> ShardTexts | None:
         name = self._names[shard]
@@ -191,3 +195,23 @@ class _JobShard(NamedTuple):
 
     def of(self, ordinal: int, key: str) -> Mapping[str, MadeText]:
         return self.texts.get(parquet_key(key), {})
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        said = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return said if isinstance(said, dict) else {}
+
+
+def _job_origin(folder: Path) -> Origin:
+    said = _read_manifest(folder)
+    return Origin(
+        task=str(said.get("task") or ""),
+        model=str(said.get("model") or ""),
+        complete=bool(said["complete"]) if "complete" in said else None,
+        sidecar=str((folder / SIDECAR).absolute()) if (folder / SIDECAR).is_dir() else "",
+        text=str(said.get("text") or ""),
+    )

@@ -8,9 +8,12 @@ from typing import NamedTuple
 from scaleclip.captioning.advice import Judged, advise
 from scaleclip.captioning.made_texts import MadeTexts
 from scaleclip.captioning.nearness import Cosines, Nearness, Subject, cosines, nearness
+from scaleclip.captioning.plural import number_of
 from scaleclip.captioning.reading import ORIGINAL, Counts, Pass, Seen, Show, Wanted
 from scaleclip.captioning.scored import Score, Shown, SourceFigures
 from scaleclip.captioning.words import distinct, spread, vocabulary, words
+from scaleclip.data.sample import SampleError
+from scaleclip.errors import ConfigError
 from scaleclip.evaluation.encoder import Encoder
 
 DISTINCT_OF = 1000
@@ -31,18 +34,27 @@ def score(made: MadeTexts, wanted: Wanted, encoder: Encoder | None, model: str, 
         show: is told how far it is.
 
     Raises:
-        ConfigError: none of the texts is of one of the samples, or a file's are of another shard of the same name.
+        ConfigError: none of the texts is of one of the samples, or a file's are of another shard of the same name; no sample
+            has an original, or, with an encoder, an image that can be used.
         RunError: a file of texts is damaged.
     """
-    passed = Pass(made, wanted, show)
+    passed = Pass(made, wanted._replace(needs_image=encoder is not None), show)
     passed.run()
     sheet, paired = passed.sheet.items(), passed.paired.items() if encoder else []
     failed = [(*named, seen) for named, each in sorted(passed.failed.items()) for seen in each.items()]
     found = _encode(encoder, wanted, [*paired, *sheet, *(seen for *_, seen in failed)], show) if encoder else {}
+    bad_images = _faults(found[seen.shard, seen.ordinal] for seen in paired)
+    if paired and sum(bad_images.values()) == len(paired):
+        raise ConfigError(_no_images(wanted, paired, bad_images))
     near = {name: nearness(_cosines_of(name, paired, found)) for name in passed.sources} if encoder else {}
     figures = _figures(passed, near)
     judged = {
-        each.name: Judged(each.usable / max(each.rows + each.missing, 1), each.changed, each.nearness)
+        each.name: Judged(
+            each.usable / max(each.rows + each.missing, 1),
+            each.changed,
+            each.nearness,
+            each.jaccard.median if each.jaccard else None,
+        )
         for each in figures.sources
     }
 
@@ -65,9 +77,9 @@ def score(made: MadeTexts, wanted: Wanted, encoder: Encoder | None, model: str, 
         limit=wanted.limit,
         model=model,
         model_samples=len(paired),
-        bad_images=_faults(found[seen.shard, seen.ordinal] for seen in paired),
+        bad_images=bad_images,
         **figures._asdict(),
-        advice=advise(made.origin.task, judged, ORIGINAL, passed.available),
+        advice=advise(made.origin.task, judged, ORIGINAL, passed.available, had_model=encoder is not None),
         sheet=[shown(seen) for seen in sheet],
         failed=[(source, reason, shown(seen)) for source, reason, seen in failed],
     )
@@ -138,6 +150,19 @@ def _subject(wanted: Wanted, seen: Seen) -> Subject:
 
 def _image(wanted: Wanted, seen: Seen) -> bytes:
     return wanted.reader(seen.shard, seen.ordinal).image(wanted.image_members)
+
+
+def _no_images(wanted: Wanted, paired: Sequence[Seen], causes: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{cause}: {count:,}" for cause, count in causes.items())
+    detail = ""
+    try:
+        _image(wanted, paired[0])
+    except SampleError as error:
+        detail = f"; {error.detail}"
+    return (
+        f"--image={', '.join(wanted.image_members)}: none of the {number_of(len(paired), 'sample')} drawn for --model has an "
+        f"image that can be used ({counts}{detail}): name the image, or leave --model out to look at the texts alone"
+    )
 
 
 def _cosines_of(source: str, paired: Sequence[Seen], found: _Found) -> list[tuple[float, float, float]]:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from scaleclip.captioning.advice import RULES, Advice
 from scaleclip.captioning.made_texts import MadeText, Origin
 from scaleclip.captioning.nearness import Cosines, Nearness
+from scaleclip.captioning.plural import number_of
+from scaleclip.captioning.reading import MISSING_SAMPLE
 from scaleclip.captioning.words import DISTINCT, Spread
 
 
@@ -90,6 +92,40 @@ class Score(NamedTuple):
     sheet: Sequence[Shown]
     failed: Sequence[tuple[str, str, Shown]]
     """Texts that cannot be used: source, reason, sample."""
+
+
+def faults(score: Score) -> list[str]:
+    """What was met that should not be, a line each."""
+    origin = score.origin
+    looked_at = score.shards + score.missing_shards + sum(score.unreadable_shards.values())
+    # a sample that its shard lacks is one of the bad ones
+    without = {cause: count for cause, count in score.original.reasons.items() if cause != MISSING_SAMPLE}
+    said = list[str]()
+    if score.missing_shards:
+        why = ": the job is not complete" if origin.complete is False else ""
+        have = "has" if score.missing_shards == 1 else "have"
+        said.append(f"{score.missing_shards:,} of {number_of(looked_at, 'shard')} {have} no texts{why}")
+    elif origin.complete is False:
+        said.append("the job is not complete, though these shards have their texts")
+    if score.unknown_rows:
+        said.append(f"{number_of(score.unknown_rows, 'row')} with a key that no sample has")
+    if origin.repeated_rows:
+        said.append(f"{number_of(origin.repeated_rows, 'row')} with a key seen before, left out: the first row of a key counts")
+    if origin.shared_rows:
+        samples = number_of(origin.shared_rows, "sample")
+        said.append(
+            f"{samples} with the key of another, and its text: keys must name one sample, or texts are of other pictures"
+        )
+    said += [f"{number_of(count, 'shard')} that cannot be read: {cause}" for cause, count in score.unreadable_shards.items()]
+    said += [f"{number_of(count, 'sample')} whose texts cannot be read: {cause}" for cause, count in score.bad_samples.items()]
+    said += [
+        f"{number_of(count, 'sample')} without an original at {score.against}: {cause}" for cause, count in without.items()
+    ]
+    said += [
+        f"{number_of(count, 'image')} that cannot be used, of those encoded: {cause}"
+        for cause, count in score.bad_images.items()
+    ]
+    return said
 
 
 def as_json(score: Score) -> dict[str, Any]:

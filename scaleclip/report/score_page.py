@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from scaleclip.captioning.advice import FEWEST_WORDS, RULES
+from scaleclip.captioning.plural import number_of
 from scaleclip.captioning.reading import ORIGINAL
-from scaleclip.captioning.scored import Score, Shown, SourceFigures
+from scaleclip.captioning.scored import Score, Shown, SourceFigures, faults
 from scaleclip.captioning.words import DISTINCT, Spread
 from scaleclip.config import DataConfig
 from scaleclip.data.sample import SampleError
@@ -69,7 +70,10 @@ def write_score_page(score: Score, folder: Path, name: str) -> Path:
         recipe=recipe(score),
         sheet=[_card(shown) for shown in score.sheet],
         failed=[(source, reason, _card(shown, source)) for source, reason, shown in score.failed],
-        faults=_faults(score),
+        faults=faults(score),
+        state=_state(score),
+        names=[each.name for each in (score.original, *score.sources)],
+        number_of=number_of,
     )
     write_atomic(folder / PAGE, page)
     return folder / PAGE
@@ -121,16 +125,14 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _faults(score: Score) -> list[tuple[str, int]]:
-    """What was met, and how often."""
-    named = [
-        ("shards whose texts are not there", score.missing_shards),
-        ("rows whose key no sample of their shard has", score.unknown_rows),
-        *((f"shards that cannot be read: {cause}", count) for cause, count in score.unreadable_shards.items()),
-        *((f"samples or texts that cannot be read: {cause}", count) for cause, count in score.bad_samples.items()),
-        *((f"images that cannot be used, of those encoded: {cause}", count) for cause, count in score.bad_images.items()),
-    ]
-    return [(name, count) for name, count in named if count]
+def _state(score: Score) -> str:
+    """A word on what was scored; empty for loose tables, and where nothing tells."""
+    origin = score.origin
+    if origin.complete is None and not origin.sidecar:
+        return ""
+    if faults(score):
+        return "partial"
+    return "complete" if origin.complete else ""
 
 
 def _card(shown: Shown, only: str | None = None) -> Card:

@@ -73,5 +73,28 @@ def test_shares_are_those_that_training_draws():
     assert sum(found.effective.values()) == pytest.approx(0.9)
 
 
+def test_texts_that_share_no_words_are_taken_with_a_remark():
+    remark = "half of its texts have less than 5 % of the words in common with their originals"
+    for judgement, is_remarked in (
+        (GOOD._replace(common=0.0), True),
+        (GOOD._replace(common=0.05), False),
+        (GOOD, False),
+        (judged(0.4, 0.6)._replace(common=0.0), True),
+        (judged(0.51, 0.6)._replace(common=0.0), False),
+    ):
+        [said, *_] = advise("rewrite", {"a": judgement}, "original", {}, had_model=bool(judgement.nearness)).said
+        assert said.startswith("a: taken")
+        assert (remark in said) == is_remarked
+        assert ("or give --model" in said) == (is_remarked and not judgement.nearness)
+
+
+def test_a_model_that_had_nothing_to_compare_is_not_asked_for():
+    said = advise("rewrite", {"a": Judged(0.0, None, None)}, "original", {}, had_model=True).said
+    assert "The model compared nothing" in said[-1]
+    assert not any("Give --model" in sentence for sentence in said)
+
+
 def test_the_rules_say_the_limits():
-    assert all(any(limit in rule for rule in RULES) for limit in ("50 %", "10 %", "25 %", "0.2", "0.4", "p = 0.8", "p = 0.6"))
+    assert all(
+        any(limit in rule for rule in RULES) for limit in ("50 %", "10 %", "25 %", "5 %", "0.2", "0.4", "p = 0.8", "p = 0.6")
+    )

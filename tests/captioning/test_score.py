@@ -15,14 +15,15 @@ from captions_job import by_rule, replace_texts, write_job
 from evaluation_models import tiny_encoder
 from helpers import make_sample, write_tar
 from scaleclip.captioning import reading
-from scaleclip.captioning.made_texts import open_made_texts
+from scaleclip.captioning.made_texts import Origin, job_of, open_made_texts
 from scaleclip.captioning.reading import Wanted
 from scaleclip.captioning.score import score
-from scaleclip.captioning.scored import Score, as_json
-from scaleclip.captioning.tables import join_tables
+from scaleclip.captioning.scored import Score, as_json, faults
+from scaleclip.captioning.tables import join_tables, refuse_job
 from scaleclip.captioning.words import distinct, jaccard, words
 from scaleclip.data.cache import ShardCache
 from scaleclip.data.convert import to_mds
+from scaleclip.data.manifest import Manifest
 from scaleclip.data.source import open_shards
 from scaleclip.errors import ConfigError, RunError
 from scaleclip.evaluation.encoder import Encoder
@@ -178,6 +179,13 @@ def test_faults_of_samples_are_counted(shards, cache, tmp_path):
     assert found.original.reasons == {"empty_caption": 1, "undecodable_text": 1}
     assert found.original.usable == NUM_SAMPLES - 2
     assert found.bad_images == {"undecodable_image": 1, "no_image": 1}
+    assert faults(found) == [
+        "1 sample without an original at txt: empty_caption",
+        "1 sample without an original at txt: undecodable_text",
+        "1 image that cannot be used, of those encoded: undecodable_image",
+        "1 image that cannot be used, of those encoded: no_image",
+    ]
+    assert "2 of 32 samples have no original that can be used: there the other texts get its draws." in found.advice.said
     human = found.sources[0]
     assert human.rows == NUM_SAMPLES
     fit = [int(row["key"]) for row in rows(job) if row["source"] == "human" and row["reason"] is None]
@@ -195,7 +203,7 @@ def test_what_a_model_made_is_scored_as_its_job_counted_it(llama, shards, tmp_pa
     counted = {each.name: (each.rows, each.usable, dict(each.reasons)) for each in found.sources}
     assert counted == {name: (NUM_SAMPLES, each["fit"], each["reasons"]) for name, each in manifest["by_source"].items()}
     assert (found.samples, found.missing_shards, found.unknown_rows, found.bad_samples) == (NUM_SAMPLES, 0, 0, {})
-    assert found.origin == ("rewrite", "tiny", True, str(out / "sidecar"), "txt", 0)
+    assert found.origin == Origin("rewrite", "tiny", True, str(out / "sidecar"), "txt")
     in_sidecar = score_of(out / "sidecar", wanted(shards, cache))
     assert [each.usable for each in in_sidecar.sources] == [each.usable for each in found.sources]
 
@@ -205,7 +213,8 @@ def test_a_job_that_goes_on_is_scored_as_far_as_it_is(shards, tmp_path, cache):
     (job / "texts" / ".00001.parquet.77").write_bytes(b"cut short")
     found = score_of(job, wanted(shards, cache))
     assert (found.shards, found.missing_shards, found.samples) == (2, 2, 21)
-    assert found.origin == ("rewrite", "a rule of the tests", False, str(job / "sidecar"), "txt", 0)
+    assert found.origin == Origin("rewrite", "a rule of the tests", False, str(job / "sidecar"), "txt")
+    assert faults(found) == ["2 of 4 shards have no texts: the job is not complete"]
 
 
 def test_rows_of_unknown_keys_and_samples_without_rows_are_counted(job, shards, cache):
@@ -214,6 +223,7 @@ def test_rows_of_unknown_keys_and_samples_without_rows_are_counted(job, shards, 
     replace_texts(file, [*kept, ("strange", "human", "a text", None), ("strange", "mscoco", "a text", None)])
     found = score_of(job, wanted(shards, cache))
     assert found.unknown_rows == 2
+    assert faults(found) == ["2 rows with a key that no sample has"]
     assert [(each.rows, each.missing) for each in found.sources] == [(NUM_SAMPLES - 1, 1)] * 2
 
 
@@ -251,6 +261,61 @@ def test_originals_may_lie_in_a_field(job, shards, cache):
         score_of(job, wanted(shards, cache, against="json:"))
 
 
+def test_a_name_that_no_sample_has_is_an_error_that_tells_those_there_are(job, shards, cache, tmp_path, monkeypatch):
+    said = r"--against-text=nope: none of the 32 samples read has such a text \(empty_caption: 32\), their texts are txt, "
+    with pytest.raises(ConfigError, match=rf"{said}json:captions.name, json:concept: name the one"):
+        score_of(job, wanted(shards, cache, against="nope"))
+    encoder = tiny_encoder(tmp_path)
+    said = "--image=gif, bmp: none of the 32 samples read has an image of such a name, they have jpg, txt, json: name it"
+    with pytest.raises(ConfigError, match=said):
+        score_of(job, wanted(shards, cache, image_members=("gif", "bmp")), encoder)
+    assert score_of(job, wanted(shards, cache, image_members=("gif",))).samples == NUM_SAMPLES, "no model looks at images"
+    with pytest.raises(
+        ConfigError, match=r"--image=txt: none of the 26 samples .* can be used \(undecodable_image: 26\): name"
+    ):
+        score_of(rewritten(job, "human"), wanted(shards, cache, image_members=("txt",)), encoder)
+    monkeypatch.setattr(reading, "WORDS_OF", 5)
+    with pytest.raises(ConfigError, match="none of the 9 samples"):
+        score_of(job, wanted(shards, cache, against="nope"))
+
+
+def rewritten(job: Path, source: str) -> Path:
+    """A job whose files have the texts of one source alone."""
+    for path in (job / "texts").iterdir():
+        some = [row for row in pq.read_table(path).to_pylist() if row["source"] == source]
+        replace_texts(path, [tuple(row[name] for name in ("key", "source", "text", "reason")) for row in some])
+    return job
+
+
+def test_recaptions_may_be_of_images_without_captions(shards, cache, tmp_path):
+    write_tar(shards / "00000.tar", [make_sample(number, txt=None) for number in range(9)])
+    job = write_job(
+        tmp_path / "out", f"{shards}/*.tar", lambda *_: {"recaption": ("There is a thing.", None)}, task="recaption"
+    )
+    source = wanted(shards, cache)
+    source = source._replace(manifest=replace(source.manifest, **first_of(source.manifest)), needs_original=False)
+    found = score_of(job, source)
+    assert faults(found) == ["9 samples without an original at txt: empty_caption"]
+    assert found.advice.effective == {"original": 0, "recaption": 1}
+    with pytest.raises(ConfigError, match="--against-text=txt"):
+        score_of(job, source._replace(needs_original=True))
+
+
+def first_of(manifest: Manifest) -> dict:
+    """The first shard of a manifest."""
+    return {"shards": manifest.shards[:1], "names": manifest.names[:1], "counts": manifest.counts[:1]}
+
+
+def test_a_jobs_sidecar_has_its_jobs_task(shards, cache, tmp_path):
+    job = write_job(tmp_path / "out", f"{shards}/*.tar", by_rule, task="recaption")
+    found = score_of(job / "sidecar", wanted(shards, cache))
+    assert found.origin == Origin("recaption", "a rule of the tests", True, str(job / "sidecar"), "txt")
+    assert not any("Nothing says what task" in sentence for sentence in found.advice.said)
+    assert [job_of(job / name) for name in ("sidecar", "texts", "partial")] == [job, job, None]
+    other = (job / "sidecar").rename(tmp_path / "sidecar")
+    assert score_of(other, wanted(shards, cache)).origin == Origin(sidecar=str(other))
+
+
 def test_a_sidecar_is_scored(job, shards, cache):
     found = score_of(job / "sidecar", wanted(shards, cache))
     assert [(each.name, each.rows, each.usable, each.missing) for each in found.sources] == [
@@ -273,6 +338,7 @@ def test_tables_are_joined(shards, cache, tmp_path):
     found = score(made, source, None, "", lambda *_: None)
     [new] = found.sources
     assert (new.name, new.rows, new.missing, new.changed, found.unknown_rows) == ("new", 31, 1, 1, 1)
+    assert faults(found) == ["1 row with a key that no sample has"]
     with pytest.raises(ConfigError, match=r"none of its 32 rows names a sample .* --table-key=new"):
         join_tables(
             source.manifest,
@@ -283,6 +349,36 @@ def test_tables_are_joined(shards, cache, tmp_path):
             key_column="new",
             sample_key="key",
         )
+
+
+def test_keys_that_do_not_name_one_row_and_one_sample_are_counted(shards, cache, tmp_path):
+    keys = [f"{number:09d}" for number in (*range(32), 5, 5, 6)]
+    pq.write_table(pa.table({"key": keys, "new": [f"text {row}" for row in range(35)]}), tmp_path / "release.parquet")
+
+    def joined() -> Score:
+        source = wanted(shards, cache)
+        made = join_tables(
+            source.manifest, source.reader, str(tmp_path / "release.parquet"), ["new"], tmp_path / "scratch",
+            key_column="key", sample_key="key",
+        )  # fmt: skip
+        return score(made, source, None, "", lambda *_: None)
+
+    found = joined()
+    assert faults(found) == ["3 rows with a key seen before, left out: the first row of a key counts"]
+    assert next(shown.texts["new"].text for shown in found.sheet if shown.key == f"{6:09d}") == "text 6"
+    table = pq.read_table(tmp_path / "release.parquet").slice(0, 32)
+    pq.write_table(table, tmp_path / "release.parquet")
+    write_tar(shards / "00001.tar", [make_sample(0), make_sample(10), make_sample(11), make_sample(12)])
+    [fault, *_] = [fault for fault in faults(joined()) if "and its text" in fault]
+    assert fault.startswith("1 sample with the key of another")
+
+
+def test_files_of_a_job_are_no_tables(job, tmp_path):
+    for tables in (f"{job}/texts/*.parquet", f"{job}/texts/00000.parquet"):
+        with pytest.raises(ConfigError, match=rf"files of a captions job.*OUT={job}, without --text"):
+            refuse_job(tables)
+    (job / "texts" / "00000.parquet").rename(tmp_path / "release.parquet")
+    refuse_job(str(tmp_path / "release.parquet"))
 
 
 def test_texts_of_another_data_set_with_the_same_names_and_keys_are_refused(job, shards, cache, tmp_path):
@@ -310,7 +406,9 @@ def test_what_cannot_be_scored_is_said(job, shards, cache, tmp_path):
         open_made_texts(job, replace(source.manifest, names=[f"other-{name}" for name in source.manifest.names]))
     for path in (job / "texts").iterdir():
         replace_texts(path, [("strange", "human", "a text", None)])
-    with pytest.raises(ConfigError, match=r"none of the texts .* 4 rows have other keys than the 32 samples .*'000000000'"):
+    with pytest.raises(
+        ConfigError, match=r"none of the texts .* 4 rows have other keys than the 32 samples read .*'000000000'"
+    ):
         score_of(job, source)
     (job / "texts" / "00002.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(RunError, match=r"00002.parquet cannot be read.*delete it"):

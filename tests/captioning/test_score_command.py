@@ -7,14 +7,62 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
 from captions_job import by_rule, write_job
 from runs import finish, rows, run, start
+from scaleclip.cli import app
+from scaleclip.errors import ConfigError
 
 
 @pytest.fixture
 def job(shards, tmp_path) -> Path:
     return write_job(tmp_path / "out", f"{shards}/*.tar", by_rule)
+
+
+def score(*arguments: object) -> Result:
+    """`scaleclip captions score ARGUMENTS` in this process, where no terminal tells a width."""
+    return CliRunner(env={"COLUMNS": None}).invoke(app, ["captions", "score", *map(str, arguments)])
+
+
+def test_weights_stand_beside_the_shares_that_training_draws_and_faults_are_said(shards, tmp_path):
+    job = write_job(
+        tmp_path / "out",
+        f"{shards}/*.tar",
+        lambda number, key, caption: {"short": ("word", None)},
+        complete=False,
+        skip=(1, 2, 3),
+    )
+    result = score(job, "--data", f"{shards}/*.tar", "--cache", tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].rstrip() == "9 samples of 1 shard"
+    assert "Fault: 3 of 4 shards have no texts: the job is not complete" in lines
+    [advice] = [line for line in lines if line.startswith("Advice")]
+    assert advice.endswith("original 0.50 (100.0%), short 0.50 (0.0%)")
+    [remark] = [line for line in lines if line.startswith("short: taken, but")]
+    assert len(remark) > 160
+    assert remark.endswith(".")
+
+
+def test_a_jobs_sidecar_is_scored_into_the_jobs_folder(job, shards, tmp_path):
+    result = score(job / "sidecar", "--data", f"{shards}/*.tar", "--cache", tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    assert f"Page: {job / 'score.html'} " in result.output
+    assert "<title>out: score</title>" in (job / "score.html").read_text()
+    assert not (job / "sidecar" / "score.html").exists()
+
+
+def test_what_is_not_there_ends_the_command(job, shards, tmp_path):
+    data = ("--data", f"{shards}/*.tar", "--cache", tmp_path / "cache")
+    for arguments, said in (
+        ((job, "--against-text", "nope"), "their texts are txt, json:captions.name, json:concept"),
+        ((f"{job}/texts/*.parquet", "--text", "text"), f"give the job's folder, OUT={job}"),
+    ):
+        result = score(*arguments, *data)
+        assert isinstance(result.exception, ConfigError)
+        assert said in str(result.exception)
 
 
 @pytest.mark.slow
@@ -50,6 +98,8 @@ def test_texts_are_trained_with_by_the_advice_and_scored_under_the_run(job, shar
     assert found["sources"][1]["nearness"]["pairs"] == 32
     assert found["sources"][0]["reasons"] == first["sources"][0]["reasons"]
     assert "image, original" in (job / "score.html").read_text()
+    code, output = finish(start("captions", "score", job, *data, "--model", folder, "--image", "gif"))
+    assert (code, "--image=gif: none of the 32 samples read has an image of such a name" in output) == (2, True), output
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from captions_job import Made, by_rule, write_job
 from evaluation_models import tiny_encoder
 from helpers import make_sample, write_tar
 from report_runs import ATTACK
-from scaleclip.captioning.made_texts import open_made_texts
+from scaleclip.captioning.made_texts import Origin, open_made_texts
 from scaleclip.captioning.reading import Wanted
 from scaleclip.captioning.score import score
 from scaleclip.captioning.scored import Score
@@ -24,6 +24,12 @@ from scaleclip.report.score_page import recipe, write_score_page
 OVERFLOWING = """
 [...document.querySelectorAll('body *')].filter(element => element.getBoundingClientRect().right > innerWidth + 1
   && !element.closest('.wide, pre')).map(element => element.outerHTML.slice(0, 80))
+"""
+# boxes that hide a part of their table, and cells that no heading names
+CUT = """
+[...document.querySelectorAll('.wide, pre')].filter(box => box.scrollWidth > box.clientWidth)
+  .concat([...document.querySelectorAll('.wide td')].filter(cell => cell.innerText && !cell.dataset.column))
+  .map(element => element.outerHTML.slice(0, 80))
 """
 MARKED = """
 [...document.querySelectorAll('dt .reason')].map(mark => [mark.innerText.replace('not used: ', ''),
@@ -64,10 +70,11 @@ def test_the_page_says_what_was_found(scored, tmp_path):
     text = text_of(path)
     human = scored.sources[0]
     for said in (
-        "my captions", "not complete", "a rule of the tests", "a tiny model", "25 samples read", "not usable: wrong_script",
+        "my captions partial", "a rule of the tests", "a tiny model", "25 samples read", "not usable: wrong_script",
         f"{100 * human.nearness.nearer.value:.1f} ({100 * human.nearness.nearer.low:.1f} to", f"{human.distinct[1]:.3f}",
-        "shards whose texts are not there: 1", "of those encoded: undecodable_image: 1", "no image that can be used",
-        "p = 0.8", "rules of thumb", "not used: loop", "fallback: caption",
+        "are of all 25 samples read: counts are of all their texts", "distinct-n are of 25 samples drawn with seed 0.",
+        "1 of 4 shards has no texts: the job is not complete", "1 image that cannot be used, of those encoded:",
+        "no image that can be used", "p = 0.8", "rules of thumb", "not used: loop", "fallback: caption",
     ):  # fmt: skip
         assert said in text, said
     content = path.read_text()
@@ -90,6 +97,7 @@ def test_without_a_model_and_without_faults_that_is_said(shards, cache, tmp_path
     found = score(made, Wanted(manifest, reader, "txt", ("jpg",)), None, "", lambda *_: None)
     text = text_of(write_score_page(found, tmp_path, "out"))
     for said in (
+        "out complete Score of",
         "Not measured: no model was given",
         "No model looked at the images",
         "of which no source has enough words",
@@ -97,6 +105,22 @@ def test_without_a_model_and_without_faults_that_is_said(shards, cache, tmp_path
         "None: every shard",
     ):
         assert said in text, said
+
+
+def test_the_badge_says_no_more_than_is_known(scored, tmp_path):
+    whole = scored._replace(missing_shards=0, bad_images={}, origin=scored.origin._replace(complete=True))
+    loose = Origin()
+    for found, badge in (
+        (whole, ["complete"]),
+        (whole._replace(unknown_rows=1), ["partial"]),
+        (whole._replace(origin=whole.origin._replace(complete=False)), ["partial"]),
+        (whole._replace(origin=Origin(sidecar="there")), []),
+        (whole._replace(origin=Origin(sidecar="there"), missing_shards=1), ["partial"]),
+        (whole._replace(origin=loose), []),
+        (whole._replace(origin=loose, unknown_rows=1), []),
+    ):
+        content = write_score_page(found, tmp_path, "out").read_text()
+        assert re.findall(r'<span class="state [a-z]+">(.*?)</span>', content) == badge
 
 
 def test_the_advice_is_a_configuration(scored, shards, tmp_path):
@@ -130,6 +154,7 @@ def test_the_page_in_a_browser(scored, tmp_path):
             assert browser.evaluate("document.images.length") > len(scored.sheet)
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             assert browser.evaluate(OVERFLOWING) == []
+            assert browser.evaluate(CUT) == [], "every cell is on the screen, with the name of its column"
             assert sorted(browser.evaluate(MARKED)) == marked
             assert browser.evaluate("document.title") == "my captions: score"
             assert ATTACK in browser.evaluate("document.body.innerText")
