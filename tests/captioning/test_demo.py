@@ -22,7 +22,7 @@ def test_rewrites_of_the_demo_are_trained_with(tmp_path):
         "--max-tokens", "40", "--batch", "64",
     )  # fmt: skip
     manifest = json.loads((out / "manifest.json").read_text())
-    assert f"{manifest['texts']:,} texts of {manifest['samples']:,} samples in 1 shards" in output
+    assert f"{manifest['texts']:,} texts of {manifest['samples']:,} samples in 1 shard, " in output
     assert manifest["complete"]
     assert manifest["texts"] == 2 * manifest["samples"] > 100
     assert manifest["fit"] > manifest["texts"] / 10  # a model that was taught to end its lines
