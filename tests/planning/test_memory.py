@@ -175,3 +175,23 @@ def test_what_the_kernels_and_deepspeed_hold_is_what_they_say():
     for stage in (1, 2, 3):
         settings = deepspeed_config(config_of(f"train.zero_stage={stage}"), 2)["zero_optimization"]
         assert not settings.get("overlap_comm", False) or stage == 3
+
+
+def test_panels_are_counted_once_whatever_terms_there_are(monkeypatch):
+    """SLIP has three contrastive terms, whose panels follow one another."""
+    config = load_config("configs/slip.yaml")
+    before = step_memory(config, 8, 512)
+    monkeypatch.setattr(memory, "_TRITON_BYTES", memory._TRITON_BYTES + (1 << 30))
+    after = step_memory(config, 8, 512)
+    assert before.moment == after.moment == "loss"
+    assert after.loss - before.loss == 1 << 30
+
+
+def test_panels_on_a_gpu_copy_rows_of_features(monkeypatch):
+    for name in ("_TRITON_BYTES", "_PANELS_BYTES"):
+        monkeypatch.setattr(memory, name, 1 << 30)  # so that the loss takes most
+    panels, triton = (
+        step_memory(load_config("configs/slip.yaml", [f"loss.backend={name}"]), 8, 512) for name in ("panels", "triton")
+    )
+    assert panels.moment == triton.moment == "loss"
+    assert panels.loss - triton.loss == 2 * 4 * 512 * 512
