@@ -52,10 +52,20 @@ class ShardFolder:
         others: further folders in it.
         what: the files hold, in the plural, for errors.
         identity: what all of them share, as JSON has it.
+        notes_work: whether what is being made lies in the folder, so that one without is bound by no identity.
     """
 
-    def __init__(self, path: Path, files: str, others: Sequence[str], what: str, identity: Mapping[str, Any]) -> None:
-        self.path, self._others, self._what = path, others, what
+    def __init__(
+        self,
+        path: Path,
+        files: str,
+        others: Sequence[str],
+        what: str,
+        identity: Mapping[str, Any],
+        *,
+        notes_work: bool = False,
+    ) -> None:
+        self.path, self._others, self._what, self._notes_work = path, others, what, notes_work
         self._files = path / files
         self._identity = json.loads(json.dumps(identity))
 
@@ -82,7 +92,7 @@ class ShardFolder:
             before = json.loads(manifest.read_text())
             differing = [key for key, value in self._identity.items() if before.get(key) != value]
             # a start that made nothing binds nobody
-            if differing and self._has_results():
+            if differing and (self._has_results() or not self._notes_work):
                 rows = "\n".join(f"  {key}: {before.get(key)!r} there, {self._identity[key]!r} now" for key in differing)
                 raise ConfigError(f"--out={self.path} has other {self._what}:\n{rows}\ngive another folder")
         elif has_files:

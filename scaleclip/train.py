@@ -63,6 +63,9 @@ def train(config: RunConfig, *, profile: bool = False) -> Path:
         lock = open_run(config, world.size, fingerprints, gemm) if world.is_main else None
     start, finished = distributed.gather_objects((start_name(), finished_step(folder) == total_steps))[0]
     log = log_to(folder, world.rank, start)
+    if world.is_main:
+        for warning in dict.fromkeys(each for stage in data for source in stage.sources for each in source.texts.warnings):
+            log.warning(warning)
     if finished:
         log.info(f"{folder} is finished: nothing to do")
         if world.is_main:

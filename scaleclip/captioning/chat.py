@@ -28,7 +28,7 @@ def turn(speaker: Any, content: Any, way_out: str) -> str:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False,
             date_string=_DAY.strftime("%d %b %Y"), strftime_now=_DAY.strftime,
         )  # fmt: skip
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a template adds what is said to a string
         raise ConfigError(f"the chat template cannot be filled in: {error}; {way_out}") from error
     if said.rfind(THINK) > said.rfind(THINK.replace("<", "</")):
         raise ConfigError(

@@ -70,7 +70,7 @@ class CaptionFolder:
         self, path: Path, sources: Sequence[str], identity: Mapping[str, Any], made_by: Mapping[str, Any], batch: int
     ) -> None:
         self.path, self.sources, self._made_by, self._batch = path, list(sources), dict(made_by), batch
-        self._folder = ShardFolder(path, TEXTS, [SIDECAR], "texts", identity)
+        self._folder = ShardFolder(path, TEXTS, [SIDECAR], "texts", identity, notes_work=True)
 
     def begin(self, origins: Mapping[str, ShardOrigin]) -> set[str]:
         """Make the folder, or see that what it holds goes with what is asked now. Once, before anything is written.

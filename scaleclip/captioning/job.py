@@ -85,7 +85,7 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         ConfigError: two shards share a name, or `out` has texts of another model or task or of other shards, or
             something else.
         RunError: a shard cannot be read, has changed, or is one of which nothing can be made before any other is done, in
-            which case the others are done; nothing can be made of two in a row; `out` cannot be written, or another job writes
+            which case the others are done; nothing can be made of two; `out` cannot be written, or another job writes
             there; a loader process died; the GPU's memory is full.
     """
     there, (manifest, reader, _) = set[str](), data
@@ -116,10 +116,9 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         progress.begin_shard(list(itertools.chain(*journal.batches)))
         try:
             error = _make_shard(task, folder, name, its_chunks, done[shard], journal, progress)
-            nothing_made = 0
         except _NothingMade as nothing:
             error, nothing_made = str(nothing), nothing_made + 1
-            # a shard of many may be so, and is left for a start that finds others done; two in a row are the settings
+            # a shard of many may be so, and is left for a start that finds others done; two of a rank's are the settings
             if nothing_made == 2:
                 raise RunError(error) from None
         if not error:
@@ -133,8 +132,9 @@ def write_texts(task: Task[Any, Any], data: Data, out: Path, world: World, show:
         progress.tell()
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(names)} shards could not be made, the others are done; the first: {failed[0]}; start the "
-            f"same command again for those"
+            f"{len(failed)} of {len(names)} shards could not be made"
+            + ", the others are done" * (len(failed) < len(names))
+            + f"; the first: {failed[0]}; mend what is wrong, and start the same command again for those"
         )
     summary = on_main(lambda: folder.summary(names))  # others may not see yet what this rank's disk has
     if world.is_main and not summary.left:

@@ -81,11 +81,11 @@ def _ask(processor: Any, prompt: str, folder: Path) -> str:
             raise ConfigError(
                 f"--prompt={prompt!r} has {stands_for_image}, which stands for an image: leave it out, each image is put in"
             )
-    # some folders have it beside the tokenizer alone
-    speaker = next((each for each in (processor, processor.tokenizer) if getattr(each, "chat_template", None)), None)
-    if speaker:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        asked = turn(speaker, content, "take another model")
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    if getattr(processor, "chat_template", None):
+        asked = turn(processor, content, "take another model")
+    elif token and processor.tokenizer.chat_template:
+        asked = _by_tokenizer(processor.tokenizer, token, content, prompt)
     elif token:
         asked = f"USER: {token}\n{prompt} ASSISTANT:"  # LLaVA-1.5's
     else:
@@ -99,6 +99,17 @@ def _ask(processor: Any, prompt: str, folder: Path) -> str:
     if start and processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id:
         asked = asked.removeprefix(start)
     return asked
+
+
+def _by_tokenizer(tokenizer: Any, token: str, content: Any, prompt: str) -> str:
+    """By a template that lies with the tokenizer: it takes parts, as a processor's does, or text alone."""
+    way_out = "put a chat_template.jinja for its processor into the folder"
+    try:
+        asked = turn(tokenizer, content, way_out)
+    except ConfigError:
+        asked = ""
+    # one for text writes the parts down as Python has them
+    return asked if token in asked else turn(tokenizer, f"{token}\n{prompt}", way_out)
 
 
 def _content(token: Any) -> str | None:

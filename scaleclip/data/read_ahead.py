@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset
 
 from scaleclip.data.manifest import Manifest
@@ -22,7 +23,7 @@ Content = TypeVar("Content")
 # of a shard and not of a sample; another start may find it
 _OF_A_SHARD = ("missing_shard", "forbidden_shard", "unreachable_shard", "unreadable_shard", "cache_full", "unwritable_cache")
 _AHEAD = 4  # pieces a loader process
-_WORKER_DIED = "exited unexpectedly"  # as torch.utils.data says it
+_WORKER_DIED = "DataLoader worker"  # as torch.utils.data begins to say it
 
 
 class Piece(NamedTuple):
@@ -90,35 +91,49 @@ class ReadAhead(Generic[Item, Content]):
         Raises:
             RunError: while it is gone through, where a loader process died.
         """
+        if not pieces:
+            return iter(())
         allow_open_files()
-        # torch raises a loader process's death wherever this process happens to be; here it is noticed at the next chunk
-        handler = signal.getsignal(signal.SIGCHLD)
-        chunks = iter(
-            DataLoader(
-                _Pieces(self, pieces),
-                batch_size=None,
-                sampler=range(len(pieces)),
-                collate_fn=_as_is,
-                num_workers=self._workers,
-                prefetch_factor=_AHEAD if self._workers else None,
-                worker_init_fn=partial(_start_worker, os.getpid()),
-                pin_memory=pin_memory,
-                multiprocessing_context="fork" if self._workers else None,
-            )
-        )
-        signal.signal(signal.SIGCHLD, handler)
-        return self._watched(chunks)
-
-    def _watched(self, chunks: Iterator[Chunk[Content]]) -> Iterator[Chunk[Content]]:
+        # torch raises a loader process's death wherever this process happens to be: only while a chunk is waited for, here
+        before = signal.getsignal(signal.SIGCHLD)
         try:
-            yield from chunks
-        except RuntimeError as error:
-            if _WORKER_DIED not in str(error):
-                raise
-            raise RunError(
-                "a loader process died: look for an out-of-memory kill in dmesg, or take fewer --workers; what is written is "
-                "safe: start the same command again"
-            ) from error
+            chunks = iter(
+                DataLoader(
+                    _Pieces(self, pieces),
+                    batch_size=None,
+                    sampler=range(len(pieces)),
+                    collate_fn=_as_is,
+                    num_workers=self._workers,
+                    prefetch_factor=_AHEAD if self._workers else None,
+                    worker_init_fn=partial(_start_worker, os.getpid()),
+                    pin_memory=pin_memory,
+                    multiprocessing_context="fork" if self._workers else None,
+                )
+            )
+            raises = signal.getsignal(signal.SIGCHLD)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+        return self._watched(chunks, raises)
+
+    def _watched(self, chunks: Iterator[Chunk[Content]], raises: Any) -> Iterator[Chunk[Content]]:
+        while True:
+            before = signal.signal(signal.SIGCHLD, raises)
+            try:
+                # of one that died in the meantime; it may have left half a chunk, which would be waited for without end
+                _error_if_any_worker_fails()
+                chunk = next(chunks, None)
+            except RuntimeError as error:
+                if _WORKER_DIED not in str(error):
+                    raise
+                raise RunError(
+                    "a loader process died: look for an out-of-memory kill in dmesg, or take fewer --workers; what is written "
+                    "is safe: start the same command again"
+                ) from error
+            finally:
+                signal.signal(signal.SIGCHLD, before)
+            if chunk is None:
+                return
+            yield chunk
 
     def read(self, piece: Piece) -> Chunk[Content]:
         """A piece, in this process."""
@@ -166,7 +181,9 @@ def _as_is(chunk: Any) -> Any:
 
 def default_workers(local_ranks: int) -> int:
     """Loader processes of a rank: its share of the processors that it may use."""
-    return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
+    # srun binds each rank to its own, torchrun's share theirs
+    allowed = len(os.sched_getaffinity(0)) // (local_ranks if "TORCHELASTIC_RUN_ID" in os.environ else 1)
+    return max(1, min(allowed, (os.cpu_count() or 1) // local_ranks))
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -5,7 +5,7 @@ text is read without the rest of its shard. `scaleclip data sidecar` writes them
 """
 
 import hashlib
-import logging
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,6 @@ _OPEN_SHARDS = 1024
 _KEYS = "__key__"
 _MOST_MISSING = 0.1
 """Share of shards without a file that is no error: they are warned of, and their samples counted as faults."""
-_log = logging.getLogger("scaleclip")
 
 
 class Sidecar:
@@ -40,9 +39,13 @@ class Sidecar:
 
     def __init__(self, key: str, folder: str, shards: Sequence[str], *, may_lack: bool = False) -> None:
         self._folder, self._shards = Path(resolve_path(folder)), shards
-        there = [shard for shard in range(len(shards)) if self._path(shard).exists()]
+        # one list of the folder: a look at each of 100,000 files takes long on a network's disk
+        files = {os.path.join(at, name) for at, _, names in os.walk(self._folder) for name in names}
+        there = [shard for shard in range(len(shards)) if str(self._path(shard)) in files]
+        self.warning = ""
+        """What training should say of shards without a file, if anything."""
         if not there or (len(there) < len(shards) and not may_lack):
-            self._say_what_is_missing(f"{key}={folder}", len(there))
+            self.warning = self._missing(f"{key}={folder}", len(there))
         first = there[0]
         try:
             self.columns = tuple(name for name in self._open_shard(first) if name != _KEYS)
@@ -75,7 +78,7 @@ class Sidecar:
             raise SampleError("undecodable_text", f"{self._path(shard)}, row {ordinal} is not UTF-8: {error.reason}") from None
         return text
 
-    def _say_what_is_missing(self, where: str, num_there: int) -> None:
+    def _missing(self, where: str, num_there: int) -> str:
         if not self._folder.is_dir():
             raise ConfigError(
                 f"{where}: there is no such folder: give the one that `scaleclip data sidecar` wrote, or OUT/sidecar"
@@ -89,7 +92,7 @@ class Sidecar:
                 f"{found}: finish what writes them, `scaleclip captions` or `scaleclip data sidecar` on these shards, or give "
                 f"only the shards that have theirs"
             )
-        _log.warning(f"{found}; samples of the others are invalid (missing_sidecar)")
+        return f"{found}; samples of the others are invalid (missing_sidecar)"
 
     def _path(self, shard: int) -> Path:
         return sidecar_path(self._folder, self._shards[shard])

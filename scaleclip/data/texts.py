@@ -37,6 +37,8 @@ class TextFinder:
         if _JSON in config.sidecars:
             raise ConfigError(f"{key}.sidecars.{_JSON}: {_JSON}: stands for the JSON member of a sample; take another name")
         sidecars = {called: Sidecar(f"{key}.sidecars.{called}", at, shards) for called, at in config.sidecars.items()}
+        self.warnings = [sidecar.warning for sidecar in sidecars.values() if sidecar.warning]
+        """Of sidecars that lack some shards."""
         self._texts = {text: parse_location(f"{key}.texts.{text}", at, sidecars) for text, at in config.texts.items()}
         if config.concept is not None and config.concept.partition(":")[0] in sidecars:
             raise ConfigError(f"{key}.concept={config.concept}: a concept lies in a member or in the JSON, not in a sidecar")

@@ -96,6 +96,15 @@ def test_a_template_beside_the_tokenizer_alone_is_used(tmp_path):
     assert asked == VisionLanguageModel(whole, "Describe it.", "auto", CPU).asked
 
 
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ '' + m['content'] }}"])
+def test_a_tokenizers_template_may_take_text_alone(content, tmp_path):
+    folder = tiny_llava(tmp_path / "llava")
+    template = "{% for m in messages %}USER: " + content + " ASSISTANT:{% endfor %}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    assert VisionLanguageModel(folder, "Describe it.", "auto", CPU).asked == f"USER: {IMAGE}\nDescribe it. ASSISTANT:"
+
+
 def test_a_token_of_an_image_may_be_an_object(tmp_path):
     """As BLIP-2's processor has it."""
     folder = tiny_llava(tmp_path / "llava")

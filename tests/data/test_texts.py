@@ -139,7 +139,7 @@ def test_a_column_of_a_sidecar_is_a_text(tmp_path):
         ({"concept": "more:re"}, "concept=more:re: a concept lies in a member or in the JSON"),
         ({"concept": "json:"}, "data.sources.mine.concept='json:' names no text"),
         ({"sidecars": {"json": "x"}}, "data.sources.mine.sidecars.json: json: stands for"),
-        ({"sidecars": {"more": "/nowhere"}}, "data.sources.mine.sidecars.more=/nowhere: has no file for any of the shards"),
+        ({"sidecars": {"more": "/nowhere"}}, "data.sources.mine.sidecars.more=/nowhere: there is no such folder"),
     ],
 )
 def test_faults_of_the_user_are_named_at_the_start(tmp_path, change, message):
