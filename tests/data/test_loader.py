@@ -368,6 +368,7 @@ def test_workers_that_hang_at_every_start_end_the_run(tiny_config, monkeypatch):
         child.kill()
 
 
+@pytest.mark.slow
 def test_workers_that_die_at_every_start_end_the_run(tiny_config, monkeypatch):
     config, dataset = open_dataset(tiny_config, ["data.workers=1"])
     monkeypatch.setattr(loading, "_MOST_DEATHS", 1)

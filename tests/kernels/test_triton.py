@@ -368,7 +368,7 @@ def test_operators_are_what_they_say(options: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("views", "duplicates"), [(1, "negative"), (2, "positive")])
+@pytest.mark.parametrize(("views", "duplicates"), [(1, "negative"), pytest.param(2, "positive", marks=pytest.mark.slow)])
 def test_compiles_whole(loss: str, views: int, duplicates: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile without a graph break, forward and backward, to the same bits where nothing is fused.
 

@@ -72,6 +72,7 @@ def run(tests_in_path: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(code, output.read_text(), rows, folder / "run.csv", folder / "run.json")
 
 
+@pytest.mark.slow
 def test_wrong_gradient_has_no_speed(run: Run) -> None:
     assert run.code == 1
     row = run.rows["wrong"]
@@ -84,6 +85,7 @@ def test_wrong_gradient_has_no_speed(run: Run) -> None:
     assert row.y_error < 1e-6
 
 
+@pytest.mark.slow
 def test_right_losses_are_measured(run: Run) -> None:
     right, panels = run.rows["right"], run.rows["panels"]
     for row in (right, panels):
@@ -102,6 +104,7 @@ def test_right_losses_are_measured(run: Run) -> None:
     assert panels.gemm_share == pytest.approx(flop / (panels.full_p50_ms / 1e3) / (panels.gemm_gflop_per_s * 1e9), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_sees_what_is_allocated(run: Run) -> None:
     extra = run.rows["hungry"].added_mib - run.rows["right"].added_mib
     assert extra == pytest.approx(ALLOCATED_MIB, rel=0.1)
@@ -109,6 +112,7 @@ def test_memory_sees_what_is_allocated(run: Run) -> None:
     assert run.rows["right"].input_mib == 2 * 128 * 16 * 4 / 2**20
 
 
+@pytest.mark.slow
 def test_a_loss_that_cannot_be_measured_says_why(run: Run) -> None:
     reasons = {
         "killed": ("died", "SIGKILL"),
@@ -122,6 +126,7 @@ def test_a_loss_that_cannot_be_measured_says_why(run: Run) -> None:
         assert f" {name} " in run.table
 
 
+@pytest.mark.slow
 def test_record_says_how_it_came_about(run: Run) -> None:
     row = run.rows["panels"]
     assert row.command.startswith("python tools/bench_loss.py --impl panels,")
@@ -133,6 +138,7 @@ def test_record_says_how_it_came_about(run: Run) -> None:
     assert len(json.loads(run.json.read_text())) == len(records.read(run.csv))
 
 
+@pytest.mark.slow
 def test_plot_is_drawn_from_the_record(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
     later = [replace(row, batch=2 * row.batch) for row in run.rows.values()]
@@ -144,6 +150,7 @@ def test_plot_is_drawn_from_the_record(run: Run, tmp_path: Path) -> None:
     assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
 
 
+@pytest.mark.slow
 def test_plot_of_nothing_is_an_error(run: Run, tmp_path: Path) -> None:
     from loss_bench import figure
 
