@@ -40,8 +40,8 @@ class Sidecar:
     def __init__(self, key: str, folder: str, shards: Sequence[str], *, may_lack: bool = False) -> None:
         self._folder, self._shards = Path(resolve_path(folder)), shards
         # one list of the folder: a look at each of 100,000 files takes long on a network's disk
-        files = {os.path.join(at, name) for at, _, names in os.walk(self._folder) for name in names}
-        there = [shard for shard in range(len(shards)) if str(self._path(shard)) in files]
+        files = {Path(at, name) for at, _, names in os.walk(self._folder, followlinks=True) for name in names}
+        there = [shard for shard in range(len(shards)) if self._path(shard) in files]
         self.warning = ""
         """What training should say of shards without a file, if anything."""
         if not there or (len(there) < len(shards) and not may_lack):

@@ -307,6 +307,17 @@ def test_a_folder_that_is_no_sidecar_is_refused(tmp_path):
         Sidecar("mine", str(tmp_path), ["0.tar"])
 
 
+def test_a_sidecar_may_lie_here_and_have_linked_folders(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    write_one(tmp_path / "elsewhere")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "part").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "own")
+    assert Sidecar("mine", ".", ["part/0.tar"]).text(0, 0, "re", "a") == "A"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Sidecar("mine", ".", ["0.tar"]).text(0, 0, "re", "a") == "A"
+
+
 def test_the_folder_of_a_captions_job_is_told_from_its_sidecar(tmp_path):
     write_one(tmp_path / "sidecar")
     with pytest.raises(ConfigError, match=r"mine=.*: is the folder of a captions job: give .*/sidecar$"):
